@@ -1,0 +1,100 @@
+"""Adapter `lora` by PEFT, with its variants (DoRA, rsLoRA, PiSSA) as options. Light: imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from qlora_core.config import Parts, RunConfig
+from qlora_core.errors import ConfigError, Problem
+from qlora_core.hooks import hookimpl
+from qlora_core.providers import Adapter, ProviderOptions
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+
+class LoRAOptions(ProviderOptions):
+    """What `lora` accepts."""
+
+    r: int = Field(
+        16, ge=1, description="rank, typically 8 to 64; adds r * (d_in + d_out) parameters to a layer, and their optimizer state"
+    )
+    alpha: float = Field(32.0, gt=0, description="scale (lora_alpha): B A is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout (lora_dropout) of the adapter's input while training")
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="layers to adapt: names, one regular expression for whole paths, or all-linear but the head"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases to train too; they change the base model's output even with the adapter off"
+    )
+    init: Literal["default", "gaussian", "pissa"] = Field(
+        "default",
+        description="A is Kaiming-uniform or Gaussian, B zero; pissa takes the principal components, unquantised models only",
+    )
+    use_dora: bool = Field(False, description="learn magnitude and direction apart (DoRA): often better at low rank, slower")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(r) (rsLoRA): for high ranks")
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="modules to train whole and save with the adapter, such as lm_head; costs a full copy each"
+    )
+
+
+class LoRA(Adapter):
+    """W_eff = Q(W) + (alpha / r) * B @ A, A and B float32 (Hu et al. 2021; QLoRA, eq. 5-6)."""
+
+    name = "lora"
+    trains_new_tokens = True
+    Options = LoRAOptions
+    options: LoRAOptions
+
+    def check(self, config: RunConfig, parts: Parts) -> None:
+        """Refuse PiSSA on a quantised model, and what PiSSA can't be combined with."""
+        if self.options.init != "pissa":
+            return
+        if parts.quantizer.quantizes:
+            what = f"pissa subtracts B A from the base weights, and {parts.quantizer.name} has packed them; use quantizer: none"
+            raise ConfigError([Problem(("init",), what)])
+        for option in ("use_dora", "use_rslora", "modules_to_save"):
+            if getattr(self.options, option):
+                what = "pissa can't be combined with it: the adapter could not be saved for the plain base; choose one"
+                raise ConfigError([Problem((option,), what)])
+        if config.tokens.add:
+            raise ConfigError([Problem(("init",), "pissa can't train new tokens; use init: default")])
+
+    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
+        """Refuse target modules that match nothing, and a rank beyond what a layer can have."""
+        from qlora_peft.injection import check_targets
+
+        check_targets(skeleton, self.options)
+
+    def inject(self, model: transformers.PreTrainedModel, new_token_ids: Sequence[int] = ()) -> torch.nn.Module:
+        """Return a PeftModel around *model*; new embedding rows are trained through PEFT's trainable tokens."""
+        from qlora_peft.injection import inject
+
+        return inject(model, self.options, new_token_ids)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write PEFT's own format; it loads with `peft.PeftModel.from_pretrained` on the plain base."""
+        from qlora_peft.injection import save
+
+        save(model, folder)
+
+    def load(self, model: transformers.PreTrainedModel, folder: Path) -> torch.nn.Module:
+        """Return a PeftModel with the adapter in *folder*."""
+        from qlora_peft.injection import load
+
+        return load(model, folder)
+
+    def may_train(self, name: str) -> bool:
+        """Return whether *name* is a bias that the option `bias` asks to train."""
+        return self.options.bias != "none" and name.endswith(".bias")
+
+
+@hookimpl
+def qlora_adapters() -> list[type[Adapter]]:
+    """Provide `lora`."""
+    return [LoRA]

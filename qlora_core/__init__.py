@@ -1,0 +1,64 @@
+"""qlora-core: fine-tune a 4-bit language model with low-rank adapters; every part is a plugin.
+
+The names below are imported when they are first used, so that `import qlora_core` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, resolve
+    from qlora_core.data.encode import Encoded, encode, encode_split
+    from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, QLoRAError, RunError
+    from qlora_core.evaluation import evaluate
+    from qlora_core.footprint import footprint
+    from qlora_core.generation import generate
+    from qlora_core.hooks import hookimpl
+    from qlora_core.model import build_skeleton, inject_adapter, load_model, load_tokenizer
+    from qlora_core.pipeline import Finished, execute, finetune, train
+    from qlora_core.providers import (
+        Adapter,
+        CallbackFactory,
+        DatasetSource,
+        Kernels,
+        Provider,
+        ProviderOptions,
+        Quantizer,
+    )
+    from qlora_core.registry import Registry
+    from qlora_core.run import Run
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": ("DataConfig", "ModelConfig", "Parts", "RunConfig", "TokensConfig", "TrainingConfig", "resolve"),
+    "data.encode": ("Encoded", "encode", "encode_split"),
+    "errors": ("ConfigError", "DataError", "ModelError", "PluginError", "QLoRAError", "RunError"),
+    "evaluation": ("evaluate",),
+    "footprint": ("footprint",),
+    "generation": ("generate",),
+    "hooks": ("hookimpl",),
+    "model": ("build_skeleton", "inject_adapter", "load_model", "load_tokenizer"),
+    "pipeline": ("Finished", "execute", "finetune", "train"),
+    "providers": ("Adapter", "CallbackFactory", "DatasetSource", "Kernels", "Provider", "ProviderOptions", "Quantizer"),
+    "registry": ("Registry",),
+    "run": ("Run",),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604, RUF022  (the same names as _HOMES; a test compares them)
+    *_MODULES,
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,55 @@
+"""`qlora eval`: the perplexity of a run on a text, base and adapted model side by side."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from qlora_core.cli.generate import load_run
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.errors import DataError
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
+    data: Annotated[str, typer.Option(help="A text file, glob or folder to score.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks per forward pass.")] = 2,
+    modules: Modules = None,
+    disable: Disable = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a text with the base and the adapted model: perplexity over every token but the first of each block.
+
+    [bold]Example[/bold]
+
+      qlora eval runs/corpus --data held-out.txt
+    """
+    say_on_stderr(quiet=quiet, verbose=verbose)
+    text = make_registry(modules, disable).find("dataset", "text").provider(path=data)
+    run, parts, model, tokenizer = load_run(source, modules, disable)
+    from qlora_core.data.encode import encode_split
+    from qlora_core.evaluation import evaluate as score
+
+    blocks = encode_split(text, "train", tokenizer, run.config.data, keep_rest=True)  # type: ignore[arg-type]
+    if blocks is None:
+        raise DataError(f"--data {data}: no text")
+    precision = run.config.training.mixed_precision
+    base = score(model, blocks, batch_size=batch_size, mixed_precision=precision)
+    adapted = score(parts.adapter.load(model, run.adapter), blocks, batch_size=batch_size, mixed_precision=precision)
+    rows = {"base": base, "adapted": adapted}
+    if as_json:
+        report = {n: {"loss": s.loss, "perplexity": s.perplexity, "tokens": s.tokens} for n, s in rows.items()}
+        print(json.dumps({"run": str(run.folder), "data": data, **report}))
+        return
+    from rich.table import Table
+
+    table = Table("model", "perplexity", "loss (nats/token)", "tokens scored")
+    for name, result in rows.items():
+        table.add_row(name, f"{result.perplexity:.3f}", f"{result.loss:.4f}", f"{result.tokens:,}")
+    stdout().print(table)

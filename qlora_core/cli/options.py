@@ -1,0 +1,74 @@
+"""Options that several commands share, and what they mean: the registry, and what is said on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qlora_core.registry import Registry
+
+__all__ = ["Disable", "Json", "Modules", "Quiet", "Set", "Verbose", "make_registry", "say_on_stderr", "stdout"]
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, the libraries' warnings included.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as training.learning_rate=1e-4. Repeatable."),
+]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--plugin", metavar="MODULE", help="Use a module as a plugin without installing it. Repeatable."),
+]
+Disable = Annotated[
+    list[str] | None,
+    typer.Option("--disable-plugin", metavar="NAME", help="Don't import a plugin; also QLORA_DISABLE_PLUGINS. Repeatable."),
+]
+
+
+def make_registry(
+    modules: Sequence[str] | None = None, disable: Sequence[str] | None = None
+) -> Registry:
+    """Return the registry for a command: installed plugins, *modules*, less *disable* and QLORA_DISABLE_PLUGINS."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # -p names a module beside the configuration
+    blocked = [name for name in re.split(r"[,\s]+", os.environ.get("QLORA_DISABLE_PLUGINS", "")) if name]
+    return Registry(modules=modules or (), disable={*(disable or ()), *blocked})
+
+
+def stdout() -> Console:
+    """Return the console for results: colours on a terminal only, and no wrapping of lines elsewhere."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=10_000, no_color=True)
+
+
+def say_on_stderr(*, quiet: bool, verbose: bool) -> None:
+    """Send what the library reports to standard error."""
+    from rich.logging import RichHandler
+
+    level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console = Console(stderr=True, width=10_000, no_color=True)
+    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False, highlighter=None)
+    handler.setFormatter(_Formatter("%(message)s"))
+    logger = logging.getLogger("qlora_core")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+    if not verbose:
+        warnings.filterwarnings("ignore")  # of the libraries; ours are logged
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"warning: {text}" if record.levelno == logging.WARNING else text

@@ -1,0 +1,110 @@
+"""`qlora train`: run a configuration, or a model and a text with sound defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_core import yaml_file
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.config import Parts, RunConfig, resolve
+from qlora_core.errors import ConfigError, QLoRAError
+
+if TYPE_CHECKING:
+    from qlora_core.pipeline import Finished
+
+__all__ = ["RunCrashed", "read_config", "run", "train"]
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")] = None,
+    data: Annotated[str | None, typer.Option(help="A text file, glob or folder; without CONFIG.yaml, or instead of its data.")] = None,
+    output: Annotated[str | None, typer.Option(help="The run's folder; default runs/NAME of the configuration or text.")] = None,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, or from --resume CHECKPOINT.")] = False,
+    resume_from: Annotated[str | None, typer.Option(hidden=True)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
+    modules: Modules = None,
+    disable: Disable = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Fine-tune a model.
+
+    [bold]Examples[/bold]
+
+      qlora train qlora.yaml
+
+      qlora train qlora.yaml --set training.learning_rate=1e-4 --set adapter.r=32
+
+      qlora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data corpus.txt --output runs/corpus
+
+      qlora train qlora.yaml --resume
+    """
+    settings = read_config(config, overrides, modules, disable, model=model, data=data, output=output)
+    resolved, parts = resolve(settings, make_registry(settings.plugins, settings.disable_plugins))
+    say_on_stderr(quiet=quiet, verbose=verbose)
+    finished = run(resolved, parts, overwrite=overwrite, resume=resume_from or resume, quiet=quiet)
+    if as_json:
+        print(json.dumps({"run": str(finished.run.folder), "metrics": finished.metrics}))
+    elif not quiet:
+        folder = finished.run.folder
+        stdout().print(f"Done: {folder}\nTry it with: qlora generate {folder} \"...\"")
+
+
+class RunCrashed(Exception):
+    """A defect that ended a run; its cause is what happened, and `folder` is where its traceback belongs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(str(folder))
+
+
+def run(resolved: RunConfig, parts: Parts, **options: Any) -> Finished:
+    """Execute *resolved*; an exception that is no QLoRAError becomes RunCrashed."""
+    from qlora_core.pipeline import execute
+
+    try:
+        return execute(resolved, parts, **options)
+    except (QLoRAError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise RunCrashed(Path(resolved.output)) from error
+
+
+def read_config(
+    path: Path | None,
+    overrides: list[str] | None = None,
+    modules: list[str] | None = None,
+    disable: list[str] | None = None,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    output: str | None = None,
+) -> RunConfig:
+    """Return the configuration that a command names by file, by options, or by both; options win."""
+    lines: dict[tuple[str | int, ...], int] = {}
+    raw: dict[str, Any] = {}
+    if path is not None:
+        raw, lines = yaml_file.read(path)
+    elif model is None or data is None:
+        raise ConfigError("name a configuration file, or both --model and --data; `qlora config init` writes a file to start from")
+    if model is not None:
+        raw["model"] = model
+    if data is not None:
+        raw["dataset"] = {"name": "text", "path": data}
+    if output is not None:
+        raw["output"] = output
+    raw.setdefault("output", f"runs/{Path(data or path or 'run').stem}")
+    for key, extra in (("plugins", modules), ("disable_plugins", disable)):
+        if extra:
+            raw[key] = [*(raw.get(key) or []), *extra]
+    try:
+        return RunConfig.parse(raw, overrides or ())
+    except ConfigError as error:
+        raise error.located(str(path), lines) from None

@@ -1,0 +1,332 @@
+"""The configuration of a run: its sections, reading it, overriding it, and picking the parts it names.
+
+Validation has three stages. First the sections below validate, with each provider as `{name, options}`; then each
+provider validates its own options (`resolve`); both before torch is imported. Options that belong to another library
+are checked last (`Parts.check_libraries`), still before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from qlora_core import yaml_file
+from qlora_core.errors import ConfigError, PluginError, Problem
+from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
+from qlora_core.registry import Registry
+from qlora_core.validation import did_you_mean, validate
+
+__all__ = ["DataConfig", "ModelConfig", "Parts", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig"]
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model. `model: NAME` is short for `model: {path: NAME}`."""
+
+    path: str = Field(min_length=1, description="a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or a folder")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub; a commit makes runs repeatable")
+    dtype: Dtype = Field(
+        "auto", description="of the weights that are not quantised; auto is bfloat16 where the device has it, else float32"
+    )
+    upcast: bool = Field(
+        False,
+        description="cast norms, embeddings and head to float32, as prepare_model_for_kbit_training does; "
+        "slower, and 4 bytes per parameter instead of 2",
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; only if you trust it")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute_folder(cls, value: str) -> str:
+        folder = os.path.abspath(os.path.expanduser(value))
+        return folder if os.path.isdir(folder) else value
+
+
+class ProviderConfig(BaseModel):
+    """A provider by name with its options. `quantizer: nf4` is short for `quantizer: {name: nf4}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str = Field(min_length=1, description="the provider's name, or plugin:name")
+
+    @property
+    def provider_options(self) -> dict[str, Any]:
+        """Everything but the name: what the provider itself validates."""
+        return dict(self.model_extra or {})
+
+
+class DataConfig(Section):
+    """How examples become tokens and blocks; the same for every dataset source."""
+
+    sequence_length: int = Field(
+        512, ge=2, description="tokens per block (max_length, block_size); memory and attention grow with it"
+    )
+    packing: bool = Field(
+        True, description="join documents, an end-of-text token between them, and cut full blocks; false: no block spans two"
+    )
+    eval_fraction: float = Field(
+        0.1, ge=0, lt=1, description="share of the blocks, from the end, held out for evaluation; unused with a separate file"
+    )
+
+
+class TokensConfig(Section):
+    """Tokens that the vocabulary lacks."""
+
+    add: tuple[str, ...] = Field(
+        (), description="new tokens; the embeddings grow and only the new rows are trained, saved with the adapter"
+    )
+
+    @field_validator("add")
+    @classmethod
+    def _real_tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not token.strip() for token in value):
+            raise ValueError("a token can't be empty or only spaces")
+        if len(set(value)) != len(value):
+            raise ValueError("the same token stands twice")
+        return value
+
+
+class TrainingConfig(Section):
+    """How the adapter is trained; the engine is the Hugging Face Trainer."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the training blocks (num_train_epochs)")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(
+        2, ge=1, description="blocks per forward pass and device (per_device_train_batch_size); memory grows with it"
+    )
+    eval_batch_size: int | None = Field(None, ge=1, description="blocks per forward pass in evaluation; default batch_size")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="forward passes per optimizer step (gradient_accumulation_steps); costs no memory"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate (lr); 1e-4 to 1e-3 is usual for LoRA")
+    scheduler: str = Field("linear", description="learning-rate schedule, by the Trainer's names (lr_scheduler_type)")
+    warmup: float = Field(
+        0.03, ge=0, description="warm-up steps (warmup_steps, warmup_ratio); below 1 it is a share of all steps"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay of the trained matrices")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm to this; 0 switches clipping off")
+    optimizer: str = Field(
+        "adamw_torch", description="by the Trainer's names (optim); paged_adamw_8bit saves memory on CUDA"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: about a third slower, far less memory"
+    )
+    mixed_precision: Literal["auto", "bf16", "fp16", "none"] = Field(
+        "auto", description="autocast of the forward pass; auto is bf16 where the device has it (fp16 on older GPUs)"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of initialisation, shuffling and dropout")
+    keep: Literal["last", "best"] = Field(
+        "last", description="which weights become adapter/: the last, or the best by evaluation loss"
+    )
+    eval_steps: int | None = Field(None, ge=1, description="evaluate every so many steps; default: at the end of each epoch")
+    eval_at_start: bool = Field(False, description="evaluate before the first step as well")
+    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; default: after each epoch")
+    save_total_limit: int | None = Field(
+        2, ge=1, description="checkpoints to keep, the newest (and with keep: best the best) always among them"
+    )
+    logging_steps: int = Field(10, ge=1, description="log every so many steps")
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="anything else that transformers.TrainingArguments knows, by its own name"
+    )
+
+
+class RunConfig(Section):
+    """Everything that a run is made of."""
+
+    model: ModelConfig = Field(description="the base model")
+    quantizer: ProviderConfig = Field(ProviderConfig(name="nf4"), description="how the frozen base model is stored")
+    adapter: ProviderConfig = Field(ProviderConfig(name="lora"), description="which small set of parameters is trained")
+    dataset: ProviderConfig = Field(description="where examples come from")
+    data: DataConfig = Field(DataConfig(), description="how examples become tokens and blocks")
+    tokens: TokensConfig = Field(TokensConfig(), description="tokens that the vocabulary lacks")
+    kernels: ProviderConfig = Field(
+        ProviderConfig(name="auto"), description="rewriting of the model for speed; auto picks by device, reference none"
+    )
+    callbacks: tuple[ProviderConfig, ...] = Field(
+        (ProviderConfig(name="progress"),), description="what watches or steers the training loop; only those named run"
+    )
+    training: TrainingConfig = Field(TrainingConfig(), description="how the adapter is trained")
+    output: str = Field("runs/run", min_length=1, description="the folder that the run is written to")
+    plugins: tuple[str, ...] = Field((), description="modules to use as plugins although they are not installed as such")
+    disable_plugins: tuple[str, ...] = Field((), description="installed plugins that are not even imported, by name")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _short_model(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("quantizer", "adapter", "dataset", "kernels", mode="before")
+    @classmethod
+    def _short_provider(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _short_callbacks(cls, value: Any) -> Any:
+        return [cls._short_provider(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    @field_validator("output")
+    @classmethod
+    def _absolute_output(cls, value: str) -> str:
+        return os.path.abspath(os.path.expanduser(value))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+        """Return *data* with the `key.path=value` *overrides* applied; raise ConfigError that lists every problem."""
+        merged = dict(data)
+        for override in overrides:
+            merged = _override(merged, override)
+        return validate(cls, merged)
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """Return the configuration in the YAML file at *path*; raise ConfigError with the line of each problem."""
+        data, lines = yaml_file.read(Path(path))
+        try:
+            return cls.parse(data, overrides)
+        except ConfigError as error:
+            raise error.located(str(path), lines) from None
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that `RunConfig.read` reads back."""
+        return yaml_file.dump(self.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The providers of one run."""
+
+    quantizer: Quantizer
+    adapter: Adapter
+    dataset: DatasetSource
+    kernels: tuple[Kernels, ...] = ()
+    """The candidates: the one that suits the device best is applied, none where none suits."""
+    callbacks: tuple[CallbackFactory, ...] = ()
+
+    def located(self) -> Iterator[tuple[tuple[str | int, ...], Provider]]:
+        """Yield each provider with its place in the configuration."""
+        yield ("quantizer",), self.quantizer
+        yield ("adapter",), self.adapter
+        yield ("dataset",), self.dataset
+        for kernels in self.kernels:
+            yield ("kernels",), kernels
+        for index, callback in enumerate(self.callbacks):
+            yield ("callbacks", index), callback
+
+    def check(self, config: RunConfig) -> None:
+        """Let each provider refuse the run; raise ConfigError with all refusals. Second stage, imports nothing heavy."""
+        problems: list[Problem] = []
+        if config.tokens.add and not self.adapter.trains_new_tokens:
+            problems.append(Problem(("tokens", "add"), f"the adapter {self.adapter.name!r} can't train new tokens; use lora"))
+        for where, provider in self.located():
+            try:
+                provider.check(config, self)
+            except ConfigError as error:
+                problems += error.under(*where).problems
+        if problems:
+            raise ConfigError(problems)
+
+    def check_libraries(self) -> None:
+        """Let each provider check options that it passes on to a library. Third stage, may import that library."""
+        for where, provider in self.located():
+            try:
+                provider.check_libraries()
+            except ConfigError as error:
+                raise error.under(*where) from None
+
+
+def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
+    """Return *config* with every provider qualified and its options filled in, and the providers themselves.
+
+    Raises ConfigError listing the problems of all sections: unknown providers and options, and what does not go together.
+    """
+    problems: list[Problem] = []
+    by_name = {plugin.name: plugin for plugin in registry.plugins}
+    for index, module in enumerate(config.plugins):
+        if module in by_name and by_name[module].failure:
+            problems.append(Problem(("plugins", index), f"{module!r} can't be used: {by_name[module].failure}"))
+    for index, name in enumerate(config.disable_plugins):
+        if name not in by_name:
+            problems.append(Problem(("disable_plugins", index), f"no plugin {name!r}{did_you_mean(name, by_name)}"))
+
+    def build(kind: str, choice: ProviderConfig, *where: str | int) -> tuple[ProviderConfig, Any]:
+        try:
+            found = registry.find(kind, choice.name)
+            provider = found.provider(**choice.provider_options)
+        except PluginError as error:
+            problems.append(Problem(where, str(error)))
+        except ConfigError as error:
+            problems.extend(error.under(*where).problems)
+        else:
+            return described(provider, found.qualified), provider
+        return choice, None
+
+    quantizer = build("quantizer", config.quantizer, "quantizer")
+    adapter = build("adapter", config.adapter, "adapter")
+    dataset = build("dataset", config.dataset, "dataset")
+    if config.kernels.name == "auto":
+        kernels = config.kernels, tuple(found.provider() for found in registry.provided("kernels"))
+    else:
+        choice, chosen = build("kernels", config.kernels, "kernels")
+        kernels = choice, (chosen,)
+    callbacks = [build("callback", choice, "callbacks", index) for index, choice in enumerate(config.callbacks)]
+    if problems:
+        raise ConfigError(problems)
+    parts = Parts(quantizer[1], adapter[1], dataset[1], kernels[1], tuple(factory for _, factory in callbacks))
+    resolved = config.model_copy(
+        update={
+            "quantizer": quantizer[0],
+            "adapter": adapter[0],
+            "dataset": dataset[0],
+            "kernels": kernels[0],
+            "callbacks": tuple(choice for choice, _ in callbacks),
+        }
+    )
+    return resolved, parts
+
+
+def described(provider: Provider, name: str) -> ProviderConfig:
+    """Return the configuration that makes *provider* again, under *name*, its defaults filled in."""
+    return ProviderConfig(name=name, **provider.options.model_dump(mode="json"))
+
+
+def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: write key=value, such as training.learning_rate=1e-4")
+    return _put(data, key.strip().split("."), yaml_file.scalar(text), override)
+
+
+def _put(data: Any, path: list[str], value: Any, override: str, where: tuple[str, ...] = ()) -> Any:
+    """Return a copy of *data* with *value* at *path*; short forms on the way (`quantizer: nf4`) become long ones."""
+    if not path:
+        return value
+    head, rest = path[0], path[1:]
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        if not head.isdigit() or int(head) >= len(data):
+            raise ConfigError(f"--set {override}: {'.'.join(where)} is a list of {len(data)}; write its index, from 0")
+        index = int(head)
+        return [_put(v, rest, value, override, (*where, head)) if i == index else v for i, v in enumerate(data)]
+    if data is None and len(where) == 1:
+        field = RunConfig.model_fields.get(where[0])
+        if field is not None and isinstance(field.default, ProviderConfig):
+            data = {"name": field.default.name}
+    if isinstance(data, str):
+        data = {"path" if where == ("model",) else "name": data}
+    if not isinstance(data, Mapping | None):
+        raise ConfigError(f"--set {override}: {'.'.join(where)} is a value, not a section")
+    inner = dict(data or {})
+    inner[head] = _put(inner.get(head), rest, value, override, (*where, head))
+    return inner

@@ -1,0 +1,1 @@
+"""From examples to batches: tokens and blocks (encode), tensors (collate)."""

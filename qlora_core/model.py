@@ -1,0 +1,190 @@
+"""Load a base model with a quantizer, and add an adapter to it: the first two stages of a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_core.config import ModelConfig
+from qlora_core.errors import ModelError
+from qlora_core.libraries import import_libraries
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+    from qlora_core.providers import Adapter, Quantizer
+
+__all__ = ["add_tokens", "build_skeleton", "inject_adapter", "load_model", "load_tokenizer"]
+
+
+def load_tokenizer(model: ModelConfig | str) -> transformers.PreTrainedTokenizerBase:
+    """Return the tokenizer of *model*; raise ModelError where there is none."""
+    config = _as_config(model)
+    import_libraries()
+    import transformers
+
+    _check_folder(config.path)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(config.path, **_source(config))
+    except Exception as error:
+        raise ModelError(f"model.path: {config.path!r} has no tokenizer that transformers can load: {_first(error)}") from error
+
+
+def build_skeleton(model: ModelConfig | str) -> transformers.PreTrainedModel:
+    """Return *model* on the meta device: every module and shape, no weights, in a second even for a large one.
+
+    Raises ModelError where *model* can't be found or is no causal language model.
+    """
+    config = _as_config(model)
+    import_libraries()
+    import torch
+    import transformers
+
+    from qlora_core.device import pick_device, pick_dtype
+
+    _check_folder(config.path)
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(config.path, **_source(config))
+    except Exception as error:
+        where = "no model folder, and not to be had from the hub" if not Path(config.path).is_dir() else "no model"
+        raise ModelError(f"model.path: {config.path!r} is {where}: {_first(error)}") from error
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(model_config),
+                dtype=pick_dtype(config.dtype, pick_device()),
+                trust_remote_code=config.trust_remote_code,
+            )
+    except Exception as error:
+        raise ModelError(
+            f"model.path: {config.path!r} ({model_config.model_type}) is no causal language model: {_first(error)}"
+        ) from error
+
+
+def load_model(
+    model: ModelConfig | str,
+    quantizer: Quantizer,
+    *,
+    skeleton: transformers.PreTrainedModel | None = None,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+) -> transformers.PreTrainedModel:
+    """Return the frozen base model as *quantizer* stores it, on this machine's device.
+
+    Parameters that are not quantised stay in the load dtype; `upcast` casts them to float32, as peft's
+    `prepare_model_for_kbit_training` does. A *tokenizer* with more tokens than the model has embeddings makes the
+    embeddings grow; each new row is the mean of the old ones.
+    """
+    config = _as_config(model)
+    import_libraries()
+    import torch
+    import transformers
+
+    from qlora_core.device import pick_device
+
+    skeleton = build_skeleton(config) if skeleton is None else skeleton
+    stored = getattr(skeleton.config, "quantization_config", None)
+    if stored is not None and not quantizer.quantizes:
+        raise ModelError(f"model.path: {config.path!r} is stored quantised already; name its quantizer, or use the original")
+    device = pick_device()
+    loaded: tuple[Any, dict[str, Any]]
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            config.path,
+            dtype=skeleton.dtype,
+            output_loading_info=True,
+            **({"device_map": {"": device}} if device.type != "cpu" else {}),
+            **_source(config),
+            **quantizer.load_kwargs(skeleton),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path: {config.path!r} can't be loaded with {quantizer.name}: {_first(error)}") from error
+    base, report = loaded
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"model.path: {config.path!r} lacks weights ({names}, ...); they would be random. Get it again")
+    base.requires_grad_(False)
+    base = quantizer.prepare(base)
+    if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+        _grow_embeddings(base, len(tokenizer))
+    if config.upcast:
+        for module in base.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                half = parameter.dtype in (torch.float16, torch.bfloat16)
+                if half and not (name == "weight" and quantizer.is_quantized(module)):
+                    parameter.data = parameter.data.float()
+    return base.eval()
+
+
+def inject_adapter(
+    model: transformers.PreTrainedModel, adapter: Adapter, *, new_token_ids: Sequence[int] = ()
+) -> torch.nn.Module:
+    """Return *model* with *adapter* added; raise ModelError unless it trains something, and nothing of the base.
+
+    The initial values of the adapter come from torch's global generator: seed it before (`transformers.set_seed`).
+    """
+    base = {id(parameter): name for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    adapted = adapter.inject(model, new_token_ids)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError(f"adapter {adapter.name!r} leaves nothing to train; choose another, such as lora")
+    wrong = [base[id(p)] for p in trained if id(p) in base and not adapter.may_train(base[id(p)])]
+    if wrong:
+        raise ModelError(
+            f"adapter {adapter.name!r} would train parameters of the base model: {', '.join(wrong[:3])}"
+            f"{', ...' if len(wrong) > 3 else ''}; an adapter adds parameters of its own and leaves the base frozen"
+        )
+    return adapted
+
+
+def add_tokens(tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add *tokens* to *tokenizer* and return their ids; raise ModelError for one that it has already."""
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    if known:
+        raise ModelError(f"tokens.add: {known[0]!r} is in the vocabulary already; leave it out")
+    tokenizer.add_tokens(list(tokens))
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert isinstance(ids, list)
+    return ids
+
+
+def _grow_embeddings(model: transformers.PreTrainedModel, size: int) -> None:
+    """Resize to *size* tokens; deterministic, unlike the library's draw around the mean."""
+    import torch
+
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].float().mean(dim=0).to(layer.weight.dtype)
+    model.requires_grad_(False)
+
+
+def _as_config(model: ModelConfig | str) -> ModelConfig:
+    return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
+
+
+def _check_folder(path: str) -> None:
+    """Raise ModelError early where *path* is plainly meant as a folder and is none that holds a model."""
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ModelError(f"model.path: {path!r} is a file; name the folder that holds config.json")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path: {path!r} is no model: it has no config.json")
+    elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ModelError(f"model.path: no folder {path!r}; name a model folder or a hub id such as owner/name")
+
+
+def _first(error: BaseException) -> str:
+    """Return the first line of a library's message, which is often a page long."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

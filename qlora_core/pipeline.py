@@ -1,0 +1,277 @@
+"""A run from configuration to saved adapter. `finetune` is the door for Python; `execute` reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, described
+from qlora_core.data.encode import Encoded, encode
+from qlora_core.errors import DataError, ModelError, RunError
+from qlora_core.footprint import Coverage, Footprint, LinearWeights, footprint
+from qlora_core.libraries import import_libraries
+from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
+from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
+from qlora_core.provenance import plugin_of, provenance
+from qlora_core.run import Run
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+__all__ = ["Finished", "Interrupted", "execute", "finetune", "train"]
+
+logger = logging.getLogger("qlora_core")
+
+
+class Interrupted(RunError):
+    """A run that a signal ended after its checkpoint; `signal` is the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        self.signal = signal
+        super().__init__(message)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run leaves in memory; everything else is in `run.folder`."""
+
+    run: Run
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    metrics: dict[str, float]
+    """Of the last log and evaluation lines: loss, eval_loss, perplexity, tokens, ..."""
+
+
+def finetune(
+    model: str | Path | ModelConfig,
+    quantizer: Quantizer,
+    adapter: Adapter,
+    dataset: DatasetSource,
+    *,
+    output: str | Path,
+    data: DataConfig | Mapping[str, Any] | None = None,
+    training: TrainingConfig | Mapping[str, Any] | None = None,
+    tokens: TokensConfig | Mapping[str, Any] | None = None,
+    kernels: Kernels | None = None,
+    callbacks: Sequence[CallbackFactory | transformers.TrainerCallback] = (),
+    overwrite: bool = False,
+    resume: bool | str | Path = False,
+) -> Finished:
+    """Fine-tune *model* and return the finished run; needs no registry and no configuration file.
+
+    The sections *data*, *training* and *tokens* take the keys of the configuration of the same name. *callbacks* may be
+    providers or plain `transformers.TrainerCallback`s; the latter can't be written into the run's config.yaml.
+    Raises a QLoRAError (ConfigError, DataError, ModelError, RunError) for what the caller can mend.
+    """
+    factories = tuple(callback for callback in callbacks if isinstance(callback, CallbackFactory))
+    plain = [callback for callback in callbacks if not isinstance(callback, CallbackFactory)]
+    sections = {"data": data, "training": training, "tokens": tokens}
+    config = RunConfig.parse(
+        {
+            "model": model.model_dump() if isinstance(model, ModelConfig) else str(model),
+            "quantizer": _named(quantizer),
+            "adapter": _named(adapter),
+            "dataset": _named(dataset),
+            "kernels": _named(kernels) if kernels is not None else "reference",
+            "callbacks": [_named(factory) for factory in factories],
+            "output": str(output),
+            **{key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in sections.items() if value},
+        }
+    )
+    parts = Parts(quantizer, adapter, dataset, (kernels,) if kernels is not None else (), factories)
+    return execute(config, parts, plain_callbacks=plain, overwrite=overwrite, resume=resume)
+
+
+def execute(
+    config: RunConfig,
+    parts: Parts,
+    *,
+    plain_callbacks: Sequence[transformers.TrainerCallback] = (),
+    overwrite: bool = False,
+    resume: bool | str | Path = False,
+    quiet: bool = False,
+) -> Finished:
+    """Run *config* with *parts*: check, encode, load, inject, train, save. All that can fail early fails early."""
+    run = Run(Path(config.output), config, quiet)
+    parts.check(config)
+    run.check_folder(overwrite=overwrite, resume=bool(resume))
+    start = _checkpoint_to_resume(run, resume)
+
+    import_libraries()
+    from qlora_core.training.arguments import training_arguments
+
+    parts.check_libraries()
+    wanted = {k: v for callback in parts.callbacks for k, v in callback.training_arguments().items()}
+    training_arguments(config.training, output=run.folder, evaluates=False, wanted=wanted)  # refuses early
+    tokenizer = load_tokenizer(config.model)
+    new_token_ids = add_tokens(tokenizer, config.tokens.add)
+    skeleton = build_skeleton(config.model)
+    _check_vocabulary(tokenizer, skeleton, new_token_ids)
+    parts.adapter.check_model(skeleton)
+    encoded = encode(parts.dataset, tokenizer, config.data)
+    logger.info("%s", _data_line(encoded, config.data))
+    _check_evaluates(encoded, config, parts)
+
+    import transformers
+
+    transformers.set_seed(config.training.seed)
+    model: torch.nn.Module = load_model(config.model, parts.quantizer, skeleton=skeleton, tokenizer=tokenizer)
+    linears, size = LinearWeights(model, parts.quantizer), footprint(model, parts.quantizer)
+    commit = getattr(cast("Any", model).config, "_commit_hash", None)
+    model = inject_adapter(cast("transformers.PreTrainedModel", model), parts.adapter, new_token_ids=new_token_ids)
+    kernels = _apply_kernels(model, parts.kernels)
+    _report(size, linears.covered_by(model), parts)
+    _check_space(run, model, config.training)
+
+    if start is None:
+        run.create()
+        run.write("config.yaml", config.to_yaml())
+        record = provenance(parts, config.model, kernels=kernels, data_fingerprint=encoded.fingerprint, commit=commit)
+        run.write("provenance.json", json.dumps(record, indent=2) + "\n")
+    callbacks = [factory.build(run) for factory in parts.callbacks]
+    metrics = train(model, tokenizer, encoded, run, [*callbacks, *plain_callbacks], wanted=wanted, resume_from=start)
+
+    def save(folder: Path) -> None:
+        parts.adapter.save(model, folder)
+        tokenizer.save_pretrained(folder)
+
+    run.write_adapter(save)
+    logger.info("adapter saved in %s", run.adapter)
+    return Finished(run, model, tokenizer, metrics)
+
+
+def train(
+    model: torch.nn.Module,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    encoded: Encoded,
+    run: Run,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    *,
+    wanted: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, float]:
+    """Train *model*, which has an adapter, as `run.config.training` says, and return the last metrics.
+
+    Writes metrics.jsonl and checkpoints/ of *run*; with `keep: best` the model ends with the best weights.
+    Raises Interrupted after a checkpoint where SIGINT or SIGTERM came.
+    """
+    import_libraries()
+    from qlora_core.training.arguments import training_arguments
+    from qlora_core.training.checkpoint import load_weights
+    from qlora_core.training.signals import StopOnSignal
+    from qlora_core.training.trainer import KeepBest, QLoRATrainer
+
+    settings = run.config.training
+    arguments = training_arguments(settings, output=run.folder, evaluates=encoded.eval is not None, wanted=wanted)
+    stop = StopOnSignal()
+    own = [KeepBest(), stop] if settings.keep == "best" else [stop]
+    trainer = QLoRATrainer(model, tokenizer, encoded, arguments, run, [*callbacks, *own])
+    if resume_from is not None:
+        run.truncate_metrics(int(resume_from.name.removeprefix("step-")))
+        logger.info("resuming from %s", resume_from)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+    if stop.received:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}; continue with --resume", stop.received)
+    if settings.keep == "best" and trainer.state.best_global_step:
+        load_weights(model, run.checkpoint(trainer.state.best_global_step))
+        logger.info("kept the weights after step %d, the best by evaluation loss", trainer.state.best_global_step)
+    metrics: dict[str, float] = {}
+    for line in run.read_metrics():
+        metrics |= line
+    return metrics
+
+
+def _named(provider: Provider) -> dict[str, Any]:
+    plugin, _, _ = plugin_of(type(provider))
+    return described(provider, f"{plugin}:{provider.name}" if plugin else provider.name).model_dump(mode="json")
+
+
+def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
+    if not resume:
+        return None
+    if resume is True:
+        found = run.checkpoints()
+        if not found:
+            raise RunError(f"output: {run.folder} has no checkpoint to resume from; start anew with --overwrite")
+        return found[-1]
+    path = Path(resume)
+    path = path if path.is_dir() else run.folder / "checkpoints" / path.name
+    if not (path / "trainer_state.json").is_file():
+        known = ", ".join(checkpoint.name for checkpoint in run.checkpoints()) or "none"
+        raise RunError(f"{resume} is no checkpoint; {run.folder} has {known}")
+    return path
+
+
+def _check_vocabulary(
+    tokenizer: transformers.PreTrainedTokenizerBase, skeleton: transformers.PreTrainedModel, new_token_ids: Sequence[int]
+) -> None:
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    size = len(tokenizer) - len(new_token_ids)
+    if size > rows:
+        raise ModelError(
+            f"model.path: the tokenizer has {size} tokens and the model only {rows} embeddings; use the model's own tokenizer"
+        )
+
+
+def _check_evaluates(encoded: Encoded, config: RunConfig, parts: Parts) -> None:
+    """Raise DataError where something needs evaluation data and there is none."""
+    wanting = [f"callback {callback.name!r}" for callback in parts.callbacks if callback.needs_evaluation]
+    wanting += ["training.keep: best"] if config.training.keep == "best" else []
+    if wanting and encoded.eval is None:
+        raise DataError(f"data.eval_fraction: nothing is held out, and {wanting[0]} needs evaluation data; set it above 0")
+
+
+def _apply_kernels(model: torch.nn.Module, candidates: Sequence[Kernels]) -> Kernels | None:
+    from qlora_core.device import pick_device
+
+    device = pick_device().type
+    chosen = candidates[0] if len(candidates) == 1 else max(candidates, key=lambda k: k.suits(device), default=None)
+    if chosen is None or (len(candidates) > 1 and chosen.suits(device) <= 0):
+        return None
+    chosen.apply(model)
+    return chosen
+
+
+def _data_line(encoded: Encoded, data: DataConfig) -> str:
+    held_out = f"{len(encoded.eval):,} blocks ({encoded.eval_tokens:,} tokens)" if encoded.eval is not None else "none"
+    train = f"{len(encoded.train):,} blocks ({encoded.train_tokens:,} tokens)"
+    return f"data: {train} to train on, held out {held_out}, blocks of {data.sequence_length}"
+
+
+def _report(size: Footprint, coverage: Coverage, parts: Parts) -> None:
+    """Say what is quantised and adapted, and warn where that is less than people expect."""
+    stored = f"{size.bytes / 1e6:,.1f} MB, {size.bits_per_parameter:.2f} bits per parameter"
+    logger.info("model: %s parameters in %s", f"{size.parameters:,}", stored)
+    if parts.quantizer.quantizes:
+        bits = f"{size.quantized_bits:.2f} bits each, constants included"
+        logger.info("%s stores %.1f %% of the parameters in %s", parts.quantizer.name, 100 * size.quantized_share, bits)
+        if size.quantized_share < 0.8:
+            logger.warning("not quantised: %s", _named_sizes(size.left_out, size.parameters))
+    logger.info("%s adapts %.1f %% of the linear weights", parts.adapter.name, 100 * coverage.share)
+    if coverage.share < 0.8:
+        logger.warning("without an adapter: %s", _named_sizes(coverage.left_out, coverage.weights))
+
+
+def _named_sizes(left_out: Sequence[tuple[str, int]], total: int) -> str:
+    shown = ", ".join(f"{name} ({100 * size / total:.1f} %)" for name, size in left_out[:5])
+    return shown + (f", and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+
+
+def _check_space(run: Run, model: torch.nn.Module, training: TrainingConfig) -> None:
+    """Raise RunError unless the disk has room for the checkpoints (weights and two moments each) and the adapter."""
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    needed = trained * (3 * ((training.save_total_limit or 2) + 1) + 1)
+    parent = next(p for p in (run.folder, *run.folder.parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise RunError(
+            f"output: {parent} has {free / 1e6:,.0f} MB free and the run writes about {needed / 1e6:,.0f} MB; "
+            "free some space, name another folder, or lower training.save_total_limit or the adapter's rank"
+        )

@@ -1,0 +1,193 @@
+"""Find plugins and pick providers by name. Imports no torch, and no plugin unless it is installed and not blocked."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+import pluggy
+
+from qlora_core.errors import PluginError
+from qlora_core.hooks import PROJECT, ProviderHooks
+from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
+from qlora_core.validation import did_you_mean
+
+__all__ = ["KINDS", "Plugin", "Provided", "Registry"]
+
+P = TypeVar("P", bound=Provider)
+
+KINDS: dict[str, type[Provider]] = {
+    "quantizer": Quantizer,
+    "adapter": Adapter,
+    "dataset": DatasetSource,
+    "kernels": Kernels,
+    "callback": CallbackFactory,
+}
+
+
+def hook_name(kind: str) -> str:
+    """Return the hook that provides *kind*: `qlora_quantizers` for "quantizer"."""
+    return f"qlora_{kind if kind.endswith('s') else kind + 's'}"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed or named plugin. `failure` says why it can't be used; a blocked one was never imported."""
+
+    name: str
+    module: str
+    distribution: str = ""
+    version: str = ""
+    blocked: bool = False
+    failure: str = ""
+
+    @property
+    def status(self) -> str:
+        """One of "ok", "failed" and "blocked"."""
+        return "blocked" if self.blocked else "failed" if self.failure else "ok"
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for messages: "qlora-core 0.1.0" or "module my_plugin"."""
+        return f"{self.distribution} {self.version}" if self.distribution else f"module {self.module}"
+
+
+@dataclass(frozen=True)
+class Provided:
+    """A provider class and the plugin that it comes from."""
+
+    kind: str
+    plugin: Plugin
+    provider: type[Provider]
+
+    @property
+    def qualified(self) -> str:
+        """The name that is never ambiguous: "bitsandbytes:nf4"."""
+        return f"{self.plugin.name}:{self.provider.name}"
+
+
+class Registry:
+    """The plugins that are installed, less the blocked ones, plus *modules* named by hand.
+
+    Raises nothing while it discovers: a plugin that fails stays in `plugins` with the reason, and only asking for
+    something it would have provided is an error.
+    """
+
+    def __init__(self, *, modules: Sequence[str] = (), disable: Collection[str] = ()) -> None:
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(ProviderHooks)
+        self._plugins: dict[str, Plugin] = {}
+        self._provided: dict[str, list[Provided]] = {}
+        found = entry_points(group=PROJECT)
+        for name in sorted(found.names):
+            self._add(name, list(found.select(name=name)), blocked=name in disable)
+        for module in modules:
+            if module not in self._plugins:
+                self._add(module, [EntryPoint(module, module, PROJECT)], blocked=module in disable)
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """Every plugin, failed and blocked ones included, by name."""
+        for kind in KINDS:  # a plugin may fail only when its hooks are called
+            self.provided(kind)
+        return sorted(self._plugins.values(), key=lambda plugin: plugin.name)
+
+    def provided(self, kind: str) -> list[Provided]:
+        """Return all providers of *kind*, in the order of their plugins' names."""
+        if kind not in self._provided:
+            self._provided[kind] = sorted(self._call(kind), key=lambda p: (p.provider.name, p.plugin.name))
+        return self._provided[kind]
+
+    def find(self, kind: str, name: str) -> Provided:
+        """Return the provider of *kind* called *name* or *plugin:name*; raise PluginError where that is not exactly one."""
+        plugin, _, short = name.rpartition(":")
+        candidates = [p for p in self.provided(kind) if p.provider.name == short and plugin in ("", p.plugin.name)]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            names = " or ".join(f"'{p.qualified}' (from {p.plugin.origin})" for p in candidates)
+            raise PluginError(f"{kind} {name!r} is provided by more than one plugin; write {names}, or disable one of them")
+        raise PluginError(self._unknown(kind, name))
+
+    def _add(self, name: str, found: list[EntryPoint], *, blocked: bool) -> None:
+        entry = found[0]
+        plugin = Plugin(name, entry.module, *_distribution(entry), blocked=blocked)
+        if len({(e.value, _distribution(e)) for e in found}) > 1:
+            owners = " and ".join(f"{_distribution(e)[0]} ({e.value})" for e in found)
+            plugin = replace(
+                plugin,
+                failure=f"two distributions use the entry-point name {name!r}: {owners}; uninstall one of them, "
+                f"or disable {name!r} and name the module to use with -p",
+            )
+        elif not blocked:
+            try:
+                self._register(name, importlib.import_module(entry.module))
+            except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
+                plugin = replace(plugin, failure=_reason(error))
+        self._plugins[name] = plugin
+
+    def _register(self, name: str, module: Any) -> None:
+        if self._manager.has_plugin(name) or self._manager.is_registered(module):
+            raise PluginError(f"{module.__name__} is registered already under another name")
+        try:
+            self._manager.register(module, name)
+            self._manager.check_pending()  # a marked function that no specification knows
+        except Exception:
+            if self._manager.is_registered(module):
+                self._manager.unregister(module)  # registration is not atomic
+            raise
+        if not self._manager.get_hookcallers(module):
+            self._manager.unregister(module)
+            hooks = ", ".join(hook_name(kind) for kind in KINDS)
+            raise PluginError(f"{module.__name__} implements no hook; mark one of {hooks} with qlora_core.hookimpl")
+
+    def _call(self, kind: str) -> Iterator[Provided]:
+        caller = getattr(self._manager.hook, hook_name(kind))
+        for implementation in list(caller.get_hookimpls()):
+            name = implementation.plugin_name
+            try:
+                yield from self._check(kind, name, implementation.function())
+            except Exception as error:
+                self._plugins[name] = replace(self._plugins[name], failure=f"{hook_name(kind)}: {_reason(error)}")
+
+    def _check(self, kind: str, plugin: str, answer: Any) -> list[Provided]:
+        expected = KINDS[kind]
+        if not isinstance(answer, (list, tuple)):
+            raise PluginError(f"must return a list of {expected.__name__} classes (got {type(answer).__name__})")
+        for provider in answer:
+            if not (isinstance(provider, type) and issubclass(provider, expected)):
+                raise PluginError(f"must return {expected.__name__} classes (got {provider!r})")
+            if not isinstance(getattr(provider, "name", None), str):
+                raise PluginError(f"{provider.__name__} has no name; set `name = \"...\"`, what users write")
+            if inspect.isabstract(provider):
+                missing = ", ".join(sorted(provider.__abstractmethods__))
+                raise PluginError(f"{provider.__name__} does not implement {missing}")
+        return [Provided(kind, self._plugins[plugin], provider) for provider in answer]
+
+    def _unknown(self, kind: str, name: str) -> str:
+        known = [n for p in self.provided(kind) for n in (p.provider.name, p.qualified)]
+        guess = did_you_mean(name, known)
+        message = f"unknown {kind} {name!r}{guess}; {self._installed(kind)}"
+        for plugin in self.plugins:
+            if plugin.status == "failed":
+                message += f"; plugin {plugin.name!r} failed to load ({plugin.failure})"
+            elif plugin.status == "blocked":
+                message += f"; plugin {plugin.name!r} is disabled"
+        return message
+
+    def _installed(self, kind: str) -> str:
+        names = ", ".join(p.provider.name for p in self.provided(kind))
+        return f"installed: {names}" if names else f"no plugin provides a {kind}"
+
+
+def _distribution(entry: EntryPoint) -> tuple[str, str]:
+    dist = entry.dist
+    return (dist.name, dist.version) if dist is not None else ("", "")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,179 @@
+"""The run directory: what a run writes, where, and how it is found again. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_core.config import RunConfig
+from qlora_core.errors import RunError
+
+__all__ = ["Run"]
+
+# The order of the keys in a line of metrics.jsonl; further ones follow.
+KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run and its folder: config.yaml, provenance.json, metrics.jsonl, adapter/, checkpoints/step-N/."""
+
+    folder: Path
+    config: RunConfig
+    quiet: bool = False
+    """Set where nobody wants to see progress."""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Return the finished run in *folder*; raise RunError where there is none."""
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise RunError(f"{folder}: no run, config.yaml is missing; name a folder that `qlora train` wrote")
+        if not (folder / "adapter").is_dir():
+            raise RunError(f"{folder}: the run is not finished, adapter/ is missing; finish it with `qlora train --resume`")
+        return cls(folder, RunConfig.read(folder / "config.yaml"))
+
+    @staticmethod
+    def holds_a_run(folder: Path) -> bool:
+        """Return whether *folder* is one that a run has written to."""
+        return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the final adapter, tokenizer and chat template."""
+        return self.folder / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """The file with a JSON object per logged step."""
+        return self.folder / "metrics.jsonl"
+
+    def check_folder(self, *, overwrite: bool, resume: bool) -> None:
+        """Raise RunError unless the folder can be written to as asked. Touches nothing."""
+        parent = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        if not parent.is_dir():
+            raise RunError(f"output: {parent} is a file; name a folder")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunError(f"output: {parent} is not writable; name another folder")
+        if self.holds_a_run(self.folder) and not (overwrite or resume):
+            raise RunError(
+                f"output: {self.folder} already holds a run; continue it with --resume, replace it with --overwrite, "
+                "or name another folder"
+            )
+        if resume and not self.holds_a_run(self.folder):
+            raise RunError(f"output: {self.folder} holds no run to resume; leave out --resume")
+
+    def create(self) -> None:
+        """Make the folder, without what an earlier run left in it."""
+        with self.storing():
+            for name in ("config.yaml", "provenance.json", "metrics.jsonl", "crash.txt"):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("adapter", "checkpoints"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / "checkpoints").mkdir(parents=True)
+
+    def write(self, name: str, text: str) -> None:
+        """Write *text* to the file *name*, whole or not at all."""
+        with self.storing():
+            partial = self.folder / f".{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.folder / name)
+
+    def write_adapter(self, save: Any) -> None:
+        """Let *save*, a function of a folder, write adapter/, whole or not at all."""
+        with self._whole(self.adapter) as folder:
+            save(folder)
+
+    # Metrics
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Add *line* to metrics.jsonl, known keys first."""
+        ordered = {key: line[key] for key in (*KEYS, *line) if key in line}
+        with self.storing(), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(ordered) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        if not self.metrics.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after *step*: a resumed run writes them again."""
+        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        self.write("metrics.jsonl", "".join(lines))
+
+    # Checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after *step*."""
+        return self.folder / "checkpoints" / f"step-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the folders of all complete checkpoints, oldest first."""
+        found = (self.folder / "checkpoints").glob("step-*")
+        numbered = [(int(m[1]), path) for path in found if (m := re.fullmatch(r"step-(\d+)", path.name))]
+        return [path for _, path in sorted(numbered)]
+
+    @contextlib.contextmanager
+    def writing_checkpoint(self, step: int) -> Iterator[Path]:
+        """Give a folder to write the checkpoint after *step* in; it counts only once the block has ended well."""
+        with self._whole(self.checkpoint(step)) as folder:
+            yield folder
+
+    def rotate_checkpoints(self, limit: int | None, *, keep: int | None) -> None:
+        """Delete the oldest checkpoints beyond *limit*; never the newest, nor the one after step *keep*."""
+        if limit is None:
+            return
+        kept = {self.checkpoint(keep)} if keep else set()
+        candidates = [path for path in self.checkpoints()[:-1] if path not in kept]
+        for path in candidates[: max(0, len(candidates) + len(kept - {self.checkpoints()[-1]}) + 1 - limit)]:
+            shutil.rmtree(path)
+
+    # Faults of the disk
+
+    @contextlib.contextmanager
+    def storing(self) -> Iterator[None]:
+        """Turn a full disk or a missing permission into a RunError that says what is still there."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL | {errno.EACCES, errno.EPERM, errno.EROFS}:
+                raise
+            raise RunError(self._storage_message(str(error.strerror or error).lower(), error.errno in FULL)) from error
+        except Exception as error:
+            code = re.search(r"os error (\d+)", str(error))  # how safetensors reports what the system said
+            if code is None or int(code[1]) not in FULL:
+                raise
+            raise RunError(self._storage_message(os.strerror(int(code[1])).lower(), True)) from error
+
+    def _storage_message(self, what: str, full: bool) -> str:
+        saved = self.checkpoints()
+        last = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+        remedy = "free some space and resume with --resume" if full else "mend the permissions, or name another folder"
+        return f"output: {self.folder} can't be written: {what}; {last}; {remedy}"
+
+    @contextlib.contextmanager
+    def _whole(self, target: Path) -> Iterator[Path]:
+        """Give a temporary folder that becomes *target* in one step once the block has ended well."""
+        partial = target.with_name(f".{target.name}.partial")
+        with self.storing():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            try:
+                yield partial
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            if target.exists():
+                shutil.rmtree(target)
+            partial.replace(target)

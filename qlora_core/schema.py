@@ -1,0 +1,110 @@
+"""The configuration as JSON Schema and as a commented file, with the options of the installed plugins. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from qlora_core.config import RunConfig
+from qlora_core.registry import Registry
+
+__all__ = ["config_schema", "default_text", "starter_config", "type_text"]
+
+SECTIONS = {"quantizer": "quantizer", "adapter": "adapter", "dataset": "dataset", "kernels": "kernels", "callbacks": "callback"}
+
+
+def config_schema(registry: Registry) -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file; each provider's options are the installed ones."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    definitions.pop("ProviderConfig", None)
+    properties = schema["properties"]
+    for section, kind in SECTIONS.items():
+        choices: list[dict[str, Any]] = [{"enum": ["auto"]}] if section == "kernels" else []
+        for found in registry.provided(kind):
+            options = found.provider.Options.model_json_schema()
+            definitions |= options.pop("$defs", {})
+            names = {"enum": [found.provider.name, found.qualified]}
+            choices += [
+                names,
+                {
+                    "type": "object",
+                    "description": options.get("description", ""),
+                    "properties": {"name": names, **options["properties"]} if "properties" in options else {"name": names},
+                    "required": ["name", *options.get("required", [])],
+                    "additionalProperties": False,
+                },
+            ]
+        described = {"description": properties[section]["description"]}
+        one: dict[str, Any] = {"anyOf": choices}
+        properties[section] = {"type": "array", "items": one, **described} if section == "callbacks" else {**one, **described}
+    properties["model"] = {"anyOf": [{"type": "string"}, properties["model"]]}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def starter_config(registry: Registry, *, model: str, data: str, output: str) -> str:
+    """Return a commented configuration to start from: every key with its default and what it does."""
+    lines = ["# A run of qlora-core. `qlora train FILE` runs it; `qlora config show FILE` shows it resolved.", ""]
+    providers = {"quantizer": "nf4", "adapter": "lora", "dataset": "text"}
+    for section, field in RunConfig.model_fields.items():
+        if section == "model":
+            lines += [f"# {field.description}", f"model: {_yaml(model)}", ""]
+        elif section == "output":
+            lines += [f"# {field.description}", f"output: {_yaml(output)}", ""]
+        elif section in providers:
+            name = providers[section]
+            kind = registry.find(SECTIONS[section], name).provider
+            others = ", ".join(found.provider.name for found in registry.provided(SECTIONS[section]))
+            lines += [f"# {field.description}; installed: {others}", f"{section}:", f"  name: {name}"]
+            lines += [*_fields(kind.Options, {"path": data}), ""]
+        elif section == "callbacks":
+            lines += [f"# {field.description}", "callbacks: [progress]", ""]
+        elif section == "kernels":
+            lines += [f"# {field.description}", "kernels: auto", ""]
+        elif isinstance(field.default, BaseModel):
+            lines += [f"# {field.description}", f"{section}:", *_fields(type(field.default), {}), ""]
+        else:
+            lines += [f"# {field.description}", f"{section}: {_yaml(list(field.default))}", ""]
+    return "\n".join(lines)
+
+
+def type_text(annotation: Any) -> str:
+    """Return *annotation* as people read it: "nf4 | fp4", "list of text", "whole number"."""
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing", Any: "anything"}
+    if annotation in names:
+        return names[annotation]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_text(argument) for argument in arguments)
+    if origin in (list, tuple, set, frozenset):
+        return f"list of {type_text(arguments[0])}" if arguments else "list"
+    if origin is dict:
+        return "mapping"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def default_text(field: FieldInfo) -> str:
+    """Return the default of *field* as it would be written, or "required"."""
+    return "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
+
+
+def _fields(model: type[BaseModel], values: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        value = values.get(name, None if field.is_required() else field.get_default(call_default_factory=True))
+        lines.append(f"  {f'{name}: {_yaml(value)}':<34} # {field.description or ''}")
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    """Return *value* on one line; JSON is YAML, and plain words need no quotes."""
+    if isinstance(value, str) and value.replace("_", "").replace("-", "").replace("/", "").replace(".", "").isalnum():
+        return value
+    return json.dumps(value)

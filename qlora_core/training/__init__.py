@@ -1,0 +1,1 @@
+"""Training: the loss, the arguments, the Trainer subclass and its checkpoints."""

@@ -1,0 +1,194 @@
+"""The Hugging Face Trainer with our loss, our checkpoints and our run directory; the training loop is the library's."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import gather_object
+from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora_core.data.collate import Collator
+from qlora_core.data.encode import Encoded
+from qlora_core.device import peak_memory_bytes
+from qlora_core.run import Run
+from qlora_core.training import checkpoint
+from qlora_core.training.loss import causal_lm_loss, score
+
+__all__ = ["KeepBest", "LogLastStep", "QLoRATrainer"]
+
+
+class LogLastStep(transformers.TrainerCallback):
+    """Logs the last step too, whatever the interval, so that no loss goes unreported."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a log line at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class KeepBest(transformers.TrainerCallback):
+    """Saves a checkpoint whenever the evaluation loss is the best so far."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Ask for a checkpoint; the Trainer notes the new best only after this call."""
+        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
+            control.should_save = True
+
+
+class QLoRATrainer(transformers.Trainer):
+    """Trains the adapter of a quantised model and writes `metrics.jsonl` and `checkpoints/` of *run*."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        encoded: Encoded,
+        args: transformers.TrainingArguments,
+        run: Run,
+        callbacks: list[transformers.TrainerCallback],
+    ) -> None:
+        self.run = run
+        with _not_called_quantized(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=Collator(tokenizer.pad_token_id or 0),
+                train_dataset=encoded.train,
+                eval_dataset=encoded.eval,
+                processing_class=tokenizer,
+                compute_loss_func=causal_lm_loss,
+                callbacks=[*callbacks, LogLastStep()],
+            )
+        self.remove_callback(PrinterCallback)
+        self._logged_tokens = 0
+        self._logged_at = time.perf_counter()
+        self._paused = 0.0
+
+    # What is measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete *logs* with tokens, speed and memory, and write the line to `metrics.jsonl`."""
+        if "loss" in logs:
+            now, tokens = time.perf_counter(), self.state.num_input_tokens_seen
+            seconds = now - self._logged_at - self._paused
+            logs["tokens"] = tokens
+            logs["tokens_per_second"] = round((tokens - self._logged_tokens) / max(seconds, 1e-9), 1)
+            logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
+            self._logged_tokens, self._logged_at, self._paused = tokens, now, 0.0
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
+            self.run.append_metrics({"step": self.state.global_step, **logs})
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens of the batch that are not padding; the library's way takes EOS for padding where they share an id."""
+        mask = inputs.get("attention_mask")
+        count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        if self.args.world_size > 1:
+            count = int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum())
+        self.state.num_input_tokens_seen += count
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Return loss and perplexity per supervised token, over all tokens; no logits are kept."""
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        model = self.model_wrapped
+        if not self.accelerator._models:  # evaluating without having trained
+            model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        with self._off_the_clock():
+            result = score(
+                model,
+                dataloader,
+                device=self.args.device,
+                gather=self.accelerator.gather_for_metrics,
+                after_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+            )
+        metrics = {f"{prefix}_loss": result.loss, "perplexity": result.perplexity, f"{prefix}_tokens": result.tokens}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+
+    # Checkpoints: complete or absent, in the run directory, no pickle
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.store_flos()
+        step = self.state.global_step
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.run.checkpoint(self.state.best_global_step))
+        generators = gather_object([checkpoint.rng_state()])
+        with self._off_the_clock():
+            if self.args.should_save:
+                exportable = [*self.callback_handler.callbacks, self.control]
+                exported = TrainerState(stateful_callbacks=[c for c in exportable if isinstance(c, ExportableState)])
+                self.state.stateful_callbacks = exported.stateful_callbacks
+                scaler = self.accelerator.scaler
+                with self.run.writing_checkpoint(step) as folder:
+                    checkpoint.save_weights(self.accelerator.unwrap_model(self.model), folder)
+                    checkpoint.save_tree(
+                        {
+                            "optimizer": self.optimizer.state_dict(),
+                            "scheduler": self.lr_scheduler.state_dict(),
+                            "scaler": scaler.state_dict() if scaler is not None else None,
+                            "generators": generators,
+                            "loss_since_log": self._tr_loss,
+                            "step_of_last_log": self._globalstep_last_logged,
+                        },
+                        folder,
+                        "state",
+                    )
+                    self.state.save_to_json(str(folder / "trainer_state.json"))
+                self.run.rotate_checkpoints(self.args.save_total_limit, keep=self.state.best_global_step)
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoint.load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_path: str | None) -> None:
+        if checkpoint_path is None:
+            return
+        state = checkpoint.load_tree(Path(checkpoint_path), "state")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._logged_tokens = self.state.num_input_tokens_seen
+
+    def _load_scaler(self, checkpoint_path: str | None) -> None:
+        """Nothing: the scaler came with the optimizer."""
+
+    def _load_rng_state(self, checkpoint_path: str | None) -> None:
+        """Restore what must be as it was right before the first resumed batch: generators, and the loss not yet logged."""
+        if checkpoint_path is None:
+            return
+        state = checkpoint.load_tree(Path(checkpoint_path), "state")
+        if self.args.process_index < len(state["generators"]):
+            checkpoint.restore_rng(state["generators"][self.args.process_index])
+        self._tr_loss += state["loss_since_log"].to(self._tr_loss.device)
+        self._globalstep_last_logged = state["step_of_last_log"]
+
+
+@contextlib.contextmanager
+def _not_called_quantized(model: torch.nn.Module) -> Iterator[None]:
+    """Hide the mark by which the Trainer refuses "purely quantized models": it knows adapters of PEFT only.
+
+    `inject_adapter` has checked what that refusal is for: something is trained, and nothing of the base.
+    """
+    marked = [module for module in model.modules() if vars(module).get("is_quantized")]
+    for module in marked:
+        module.is_quantized = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in marked:
+            module.is_quantized = True  # type: ignore[assignment]
