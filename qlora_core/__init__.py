@@ -48,9 +48,45 @@ _HOMES = {
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604, RUF022  (the same names as _HOMES; a test compares them)
-    *_MODULES,
+__all__ = [
+    "Adapter",
+    "CallbackFactory",
+    "ConfigError",
+    "DataConfig",
+    "DataError",
+    "DatasetSource",
+    "Encoded",
+    "Finished",
+    "Kernels",
+    "ModelConfig",
+    "ModelError",
+    "Parts",
+    "PluginError",
+    "Provider",
+    "ProviderOptions",
+    "QLoRAError",
+    "Quantizer",
+    "Registry",
+    "Run",
+    "RunConfig",
+    "RunError",
+    "TokensConfig",
+    "TrainingConfig",
     "__version__",
+    "build_skeleton",
+    "encode",
+    "encode_split",
+    "evaluate",
+    "execute",
+    "finetune",
+    "footprint",
+    "generate",
+    "hookimpl",
+    "inject_adapter",
+    "load_model",
+    "load_tokenizer",
+    "resolve",
+    "train",
 ]
 
 

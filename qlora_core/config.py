@@ -38,7 +38,8 @@ class ModelConfig(Section):
     path: str = Field(min_length=1, description="a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct, or a folder")
     revision: str | None = Field(None, description="branch, tag or commit on the hub; a commit makes runs repeatable")
     dtype: Dtype = Field(
-        "auto", description="of the weights that are not quantised; auto is bfloat16 where the device has it, else float32"
+        "auto",
+        description="of the weights that are not quantised; auto is bfloat16 where the device has it, else float32",
     )
     upcast: bool = Field(
         False,
@@ -74,10 +75,14 @@ class DataConfig(Section):
         512, ge=2, description="tokens per block (max_length, block_size); memory and attention grow with it"
     )
     packing: bool = Field(
-        True, description="join documents, an end-of-text token between them, and cut full blocks; false: no block spans two"
+        True,
+        description="join documents, an end-of-text token between them, and cut full blocks; false: no block spans two",
     )
     eval_fraction: float = Field(
-        0.1, ge=0, lt=1, description="share of the blocks, from the end, held out for evaluation; unused with a separate file"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the blocks, from the end, held out for evaluation; unused with a separate file",
     )
 
 
@@ -117,9 +122,7 @@ class TrainingConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay of the trained matrices")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm to this; 0 switches clipping off")
-    optimizer: str = Field(
-        "adamw_torch", description="by the Trainer's names (optim); paged_adamw_8bit saves memory on CUDA"
-    )
+    optimizer: str = Field("adamw_torch", description="by the Trainer's names (optim); paged_adamw_8bit saves memory on CUDA")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: about a third slower, far less memory"
     )
@@ -152,7 +155,8 @@ class RunConfig(Section):
     data: DataConfig = Field(DataConfig(), description="how examples become tokens and blocks")
     tokens: TokensConfig = Field(TokensConfig(), description="tokens that the vocabulary lacks")
     kernels: ProviderConfig = Field(
-        ProviderConfig(name="auto"), description="rewriting of the model for speed; auto picks by device, reference none"
+        ProviderConfig(name="auto"),
+        description="rewriting of the model for speed; auto picks by device, reference none",
     )
     callbacks: tuple[ProviderConfig, ...] = Field(
         (ProviderConfig(name="progress"),), description="what watches or steers the training loop; only those named run"
@@ -276,6 +280,7 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
     quantizer = build("quantizer", config.quantizer, "quantizer")
     adapter = build("adapter", config.adapter, "adapter")
     dataset = build("dataset", config.dataset, "dataset")
+    kernels: tuple[ProviderConfig, tuple[Any, ...]]
     if config.kernels.name == "auto":
         kernels = config.kernels, tuple(found.provider() for found in registry.provided("kernels"))
     else:
@@ -306,7 +311,7 @@ def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override}: write key=value, such as training.learning_rate=1e-4")
-    return _put(data, key.strip().split("."), yaml_file.scalar(text), override)
+    return dict(_put(data, key.strip().split("."), yaml_file.scalar(text), override))
 
 
 def _put(data: Any, path: list[str], value: Any, override: str, where: tuple[str, ...] = ()) -> Any:

@@ -25,7 +25,7 @@ def pick_device() -> torch.device:
 def supports_bf16(device: torch.device) -> bool:
     """Return whether *device* multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("bf16"))

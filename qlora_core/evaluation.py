@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-def evaluate(
-    model: torch.nn.Module, blocks: datasets.Dataset, *, batch_size: int = 2, mixed_precision: str = "auto"
-) -> Score:
+def evaluate(model: torch.nn.Module, blocks: datasets.Dataset, *, batch_size: int = 2, mixed_precision: str = "auto") -> Score:
     """Return the Score of *model* on *blocks* (see `encode_split`): nats, tokens, loss, perplexity.
 
     The model is in eval mode meanwhile and afterwards in the mode that it was in before. *mixed_precision* is that of
@@ -34,7 +32,7 @@ def evaluate(
     device = next(model.parameters()).device
     precision = pick_precision(mixed_precision, device)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=Collator())  # type: ignore[arg-type, var-annotated]
+    batches = DataLoader(blocks, batch_size=batch_size, collate_fn=Collator())
     mode = model.training
     model.eval()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -78,14 +78,14 @@ def footprint(model: torch.nn.Module, quantizer: Quantizer) -> Footprint:
                 continue  # a tied weight
             counted.add(id(tensor))
             is_weight = packed and name == "weight"
-            numel = module.out_features * module.in_features if is_weight else tensor.numel()  # type: ignore[operator]
+            numel = _logical_size(module, tensor, packed=is_weight)
             stored = size(tensor) + (sum(size(c) for c in quantizer.constants(module)) if is_weight else 0)
             total += stored
             if not _is_parameter(module, name):
                 continue
-            parameters += int(numel)  # type: ignore[arg-type]
+            parameters += numel
             if is_weight:
-                quantized += int(numel)  # type: ignore[arg-type]
+                quantized += numel
                 quantized_bytes += stored
             elif tensor.ndim >= 2:
                 left_out[f"{prefix}.{name}"] = tensor.numel()
@@ -116,9 +116,7 @@ class LinearWeights:
                 if linear or experts:
                     packed = linear and quantizer.is_quantized(module)
                     self._weights[f"{prefix}.{name}"] = parameter
-                    self._sizes[f"{prefix}.{name}"] = (
-                        module.out_features * module.in_features if packed else parameter.numel()  # type: ignore
-                    )
+                    self._sizes[f"{prefix}.{name}"] = _logical_size(module, parameter, packed=packed)
 
     def covered_by(self, adapted: torch.nn.Module) -> Coverage:
         """Return what part of the weights has an adapter in the *adapted* model.
@@ -136,6 +134,11 @@ class LinearWeights:
                 left_out[name] = self._sizes[name]
         total = sum(self._sizes.values())
         return Coverage(total, total - sum(left_out.values()), _largest(left_out))
+
+
+def _logical_size(module: Any, tensor: torch.Tensor, *, packed: bool) -> int:
+    """Return the parameters of *tensor*; those of a packed weight are not to be seen in its shape."""
+    return int(module.out_features * module.in_features) if packed else tensor.numel()
 
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -34,7 +34,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    class Pieces(TextStreamer):  # type: ignore[misc]
+    class Pieces(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if on_text is not None and text:
                 on_text(text)

@@ -16,8 +16,8 @@ from qlora_core.errors import DataError, ModelError, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights, footprint
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
-from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
 from qlora_core.provenance import plugin_of, provenance
+from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
 from qlora_core.run import Run
 
 if TYPE_CHECKING:
@@ -210,7 +210,9 @@ def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
 
 
 def _check_vocabulary(
-    tokenizer: transformers.PreTrainedTokenizerBase, skeleton: transformers.PreTrainedModel, new_token_ids: Sequence[int]
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    skeleton: transformers.PreTrainedModel,
+    new_token_ids: Sequence[int],
 ) -> None:
     rows = skeleton.get_input_embeddings().weight.shape[0]
     size = len(tokenizer) - len(new_token_ids)

@@ -106,7 +106,7 @@ class Adapter(Provider):
     trains_new_tokens: ClassVar[bool] = False
     """True where `inject` can train the embedding rows in *new_token_ids*."""
 
-    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:  # noqa: B027
+    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
         """Raise ConfigError where this adapter does not fit the model: names that match nothing, a rank too large.
 
         *skeleton* is on the meta device; this is called before any weight is loaded.

@@ -162,7 +162,7 @@ class Registry:
             if not (isinstance(provider, type) and issubclass(provider, expected)):
                 raise PluginError(f"must return {expected.__name__} classes (got {provider!r})")
             if not isinstance(getattr(provider, "name", None), str):
-                raise PluginError(f"{provider.__name__} has no name; set `name = \"...\"`, what users write")
+                raise PluginError(f'{provider.__name__} has no name; set `name = "..."`, what users write')
             if inspect.isabstract(provider):
                 missing = ", ".join(sorted(provider.__abstractmethods__))
                 raise PluginError(f"{provider.__name__} does not implement {missing}")

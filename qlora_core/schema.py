@@ -14,7 +14,13 @@ from qlora_core.registry import Registry
 
 __all__ = ["config_schema", "default_text", "starter_config", "type_text"]
 
-SECTIONS = {"quantizer": "quantizer", "adapter": "adapter", "dataset": "dataset", "kernels": "kernels", "callbacks": "callback"}
+SECTIONS = {
+    "quantizer": "quantizer",
+    "adapter": "adapter",
+    "dataset": "dataset",
+    "kernels": "kernels",
+    "callbacks": "callback",
+}
 
 
 def config_schema(registry: Registry) -> dict[str, Any]:
@@ -75,7 +81,14 @@ def starter_config(registry: Registry, *, model: str, data: str, output: str) ->
 
 def type_text(annotation: Any) -> str:
     """Return *annotation* as people read it: "nf4 | fp4", "list of text", "whole number"."""
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "nothing", Any: "anything"}
+    names = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        type(None): "nothing",
+        Any: "anything",
+    }
     if annotation in names:
         return names[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -59,7 +59,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
 def scalar(text: str) -> Any:
     """Return the value that *text* has in YAML: 3, 1e-4, true, [a, b], text."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (_Loader is a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
 

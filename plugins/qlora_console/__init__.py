@@ -12,6 +12,7 @@ from qlora_core.providers import CallbackFactory, ProviderOptions
 
 if TYPE_CHECKING:
     import transformers
+
     from qlora_core.run import Run
 
 

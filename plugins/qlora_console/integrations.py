@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 
-from qlora_core.validation import did_you_mean
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from qlora_core.validation import did_you_mean
 
 
 def find(name: str) -> type[TrainerCallback]:

@@ -22,12 +22,15 @@ class LoRAOptions(ProviderOptions):
     """What `lora` accepts."""
 
     r: int = Field(
-        16, ge=1, description="rank, typically 8 to 64; adds r * (d_in + d_out) parameters to a layer, and their optimizer state"
+        16,
+        ge=1,
+        description="rank, typically 8 to 64; adds r * (d_in + d_out) parameters to a layer, and their optimizer state",
     )
     alpha: float = Field(32.0, gt=0, description="scale (lora_alpha): B A is multiplied by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout (lora_dropout) of the adapter's input while training")
     target_modules: str | tuple[str, ...] = Field(
-        "all-linear", description="layers to adapt: names, one regular expression for whole paths, or all-linear but the head"
+        "all-linear",
+        description="layers to adapt: names, one regular expression for whole paths, or all-linear but the head",
     )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train too; they change the base model's output even with the adapter off"

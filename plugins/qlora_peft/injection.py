@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
-from qlora_core.errors import ConfigError, Problem
 from transformers.pytorch_utils import Conv1D
+
+from qlora_core.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     import transformers
@@ -60,7 +61,9 @@ def check_targets(skeleton: transformers.PreTrainedModel, options: LoRAOptions) 
     modules = dict(skeleton.named_modules())
     for name in options.modules_to_save:
         if not any(path == name or path.endswith(f".{name}") for path in modules):
-            known = ", ".join(sorted({path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()} - {""}))
+            known = ", ".join(
+                sorted({path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()} - {""})
+            )
             raise ConfigError([Problem(("modules_to_save",), f"{name!r} matches nothing; the model has {known}")])
     name, limit = min(((n, min(m.weight.shape)) for n, m in matched.items()), key=lambda pair: pair[1])
     if options.r > limit:

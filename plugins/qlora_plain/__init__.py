@@ -32,8 +32,7 @@ class NoQuantizer(Quantizer):
 
     def dequantize(self, module: torch.nn.Module) -> torch.Tensor:
         """Return the weight of *module* itself."""
-        weight = module.weight
-        return weight  # type: ignore[return-value]
+        return module.weight  # type: ignore[return-value]
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
         """Return two bytes per weight, as in bfloat16 and float16."""

@@ -33,7 +33,9 @@ class TextOptions(ProviderOptions):
     )
     encoding: str = Field("utf-8", description="of the files; a byte-order mark is dropped")
     separator: str | None = Field(
-        None, min_length=1, description='text between two documents, such as "\\n\\n"; by default each file is one document'
+        None,
+        min_length=1,
+        description='text between two documents, such as "\\n\\n"; by default each file is one document',
     )
 
     @field_validator("path", "eval_path")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
+
 from qlora_core.errors import DataError
 
 PIECE = 2**16  # characters per row: enough for the tokenizer to be quick, little enough for any memory

@@ -23,7 +23,7 @@ SAMPLE_TOKENS = 48
 
 def demo(
     output: Annotated[str, typer.Option(help="The run's folder; an earlier demo in it is replaced.")] = "runs/demo",
-    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of 1,024 tokens.")] = 40,
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of 1,024 tokens.")] = 36,
     model: Annotated[str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct: a folder or a hub id.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -135,6 +135,6 @@ def _show(console: Any, report: dict[str, Any]) -> None:
         text = Text(PROMPT, style="bold") + Text(report["sample"][when], style="not bold")
         console.print(Panel(text, title=f"{when}: the same prompt, greedy", title_align="left", width=min(console.width, 100)))
     console.print(
-        f"Trained for {report['training_seconds']:.0f} s on {report['tokens_scored']:,} held-out tokens' rest. "
-        f"The run is in {report['run']}; go on with:\n  qlora generate {report['run']} \"{PROMPT}\""
+        f"{report['training_seconds']:.0f} s of training; {report['tokens_scored']:,} held-out tokens scored. "
+        f'The run is in {report["run"]}; go on with:\n  qlora generate {report["run"]} "{PROMPT}"'
     )

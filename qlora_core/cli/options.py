@@ -34,9 +34,7 @@ Disable = Annotated[
 ]
 
 
-def make_registry(
-    modules: Sequence[str] | None = None, disable: Sequence[str] | None = None
-) -> Registry:
+def make_registry(modules: Sequence[str] | None = None, disable: Sequence[str] | None = None) -> Registry:
     """Return the registry for a command: installed plugins, *modules*, less *disable* and QLORA_DISABLE_PLUGINS."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # -p names a module beside the configuration
@@ -52,13 +50,8 @@ def stdout() -> Console:
 
 def say_on_stderr(*, quiet: bool, verbose: bool) -> None:
     """Send what the library reports to standard error."""
-    from rich.logging import RichHandler
-
     level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(stderr=True, width=10_000, no_color=True)
-    handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False, markup=False, highlighter=None)
+    handler = _StandardError()
     handler.setFormatter(_Formatter("%(message)s"))
     logger = logging.getLogger("qlora_core")
     logger.handlers[:] = [handler]
@@ -66,6 +59,13 @@ def say_on_stderr(*, quiet: bool, verbose: bool) -> None:
     logger.propagate = False
     if not verbose:
         warnings.filterwarnings("ignore")  # of the libraries; ours are logged
+
+
+class _StandardError(logging.Handler):
+    """Writes to what sys.stderr is at the moment: a live display replaces it, to print above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 class _Formatter(logging.Formatter):

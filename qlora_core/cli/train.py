@@ -20,12 +20,22 @@ __all__ = ["RunCrashed", "read_config", "run", "train"]
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration.", show_default=False)] = None,
-    model: Annotated[str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")] = None,
-    data: Annotated[str | None, typer.Option(help="A text file, glob or folder; without CONFIG.yaml, or instead of its data.")] = None,
-    output: Annotated[str | None, typer.Option(help="The run's folder; default runs/NAME of the configuration or text.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A text file, glob or folder; without CONFIG.yaml, or instead of its data.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="The run's folder; default runs/NAME of the configuration or text.")
+    ] = None,
     overrides: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, or from --resume CHECKPOINT.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, or from --resume CHECKPOINT.")
+    ] = False,
     resume_from: Annotated[str | None, typer.Option(hidden=True)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
     modules: Modules = None,
@@ -54,7 +64,7 @@ def train(
         print(json.dumps({"run": str(finished.run.folder), "metrics": finished.metrics}))
     elif not quiet:
         folder = finished.run.folder
-        stdout().print(f"Done: {folder}\nTry it with: qlora generate {folder} \"...\"")
+        stdout().print(f'Done: {folder}\nTry it with: qlora generate {folder} "..."')
 
 
 class RunCrashed(Exception):
@@ -93,7 +103,9 @@ def read_config(
     if path is not None:
         raw, lines = yaml_file.read(path)
     elif model is None or data is None:
-        raise ConfigError("name a configuration file, or both --model and --data; `qlora config init` writes a file to start from")
+        raise ConfigError(
+            "name a configuration file, or both --model and --data; `qlora config init` writes a file to start from"
+        )
     if model is not None:
         raw["model"] = model
     if data is not None:

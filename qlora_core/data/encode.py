@@ -50,6 +50,8 @@ def encode(source: DatasetSource, tokenizer: transformers.PreTrainedTokenizerBas
     Without a separate evaluation split the last `eval_fraction` of the blocks is held out, at least one.
     """
     train = encode_split(source, "train", tokenizer, data)
+    if train is None:
+        raise DataError(f"dataset: {source.name!r} gives no examples to train on")
     evaluation = encode_split(source, "eval", tokenizer, data, keep_rest=True)
     fingerprint = _digest(train, evaluation)
     if evaluation is None and data.eval_fraction > 0:

@@ -87,7 +87,7 @@ class QLoRATrainer(transformers.Trainer):
             self.run.append_metrics({"step": self.state.global_step, **logs})
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of the batch that are not padding; the library's way takes EOS for padding where they share an id."""
+        """Count tokens that are not padding; the library's way takes EOS for padding where they share an id."""
         mask = inputs.get("attention_mask")
         count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
         if self.args.world_size > 1:
