@@ -1,0 +1,98 @@
+"""Small real models, tokenizers and texts that every test can make for itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
+
+VOCABULARY, EMBEDDINGS = 384, 416  # real models, too, have more embeddings than their tokenizer has tokens
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "opt": {"hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64},
+    "gpt_neox": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256},
+    "qwen2": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "gemma": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "phi": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Real English prose, from the standard library."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics)[:12])
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, text: str) -> Path:
+    """A file with some 20,000 characters."""
+    path = tmp_path / "corpus.txt"
+    path.write_text(text[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, text: str) -> Callable[..., Path]:
+    """Return a function that makes a small random model of an architecture, with a real tokenizer, as a folder."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([text[:100_000]], trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama", **changes: Any) -> Path:
+        key = f"{architecture}{sorted(changes.items())}"
+        if key not in made:
+            sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256, **SIZES[architecture], **changes}
+            config = transformers.AutoConfig.for_model(
+                architecture,
+                vocab_size=EMBEDDINGS,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **sizes,
+            )
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            folder = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    """The folder of a random Llama with 2 layers and a vocabulary of 384 tokens."""
+    return make_model("llama")
