@@ -29,7 +29,7 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -162,7 +162,7 @@ class RunConfig(Section):
         (ProviderConfig(name="progress"),), description="what watches or steers the training loop; only those named run"
     )
     training: TrainingConfig = Field(TrainingConfig(), description="how the adapter is trained")
-    output: str = Field("runs/run", min_length=1, description="the folder that the run is written to")
+    output: str = Field("runs/run", min_length=1, validate_default=True, description="the folder that the run is written to")
     plugins: tuple[str, ...] = Field((), description="modules to use as plugins although they are not installed as such")
     disable_plugins: tuple[str, ...] = Field((), description="installed plugins that are not even imported, by name")
 
@@ -282,6 +282,8 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
     dataset = build("dataset", config.dataset, "dataset")
     kernels: tuple[ProviderConfig, tuple[Any, ...]]
     if config.kernels.name == "auto":
+        for option in config.kernels.provider_options:
+            problems.append(Problem(("kernels", option), "unknown option; auto accepts no options"))
         kernels = config.kernels, tuple(found.provider() for found in registry.provided("kernels"))
     else:
         choice, chosen = build("kernels", config.kernels, "kernels")
@@ -319,15 +321,13 @@ def _put(data: Any, path: list[str], value: Any, override: str, where: tuple[str
     if not path:
         return value
     head, rest = path[0], path[1:]
+    if data is None and len(where) == 1:
+        data = RunConfig.model_construct().model_dump().get(where[0])  # start from the default
     if isinstance(data, Sequence) and not isinstance(data, str):
-        if not head.isdigit() or int(head) >= len(data):
+        if not head.isdecimal() or int(head) >= len(data):
             raise ConfigError(f"--set {override}: {'.'.join(where)} is a list of {len(data)}; write its index, from 0")
         index = int(head)
         return [_put(v, rest, value, override, (*where, head)) if i == index else v for i, v in enumerate(data)]
-    if data is None and len(where) == 1:
-        field = RunConfig.model_fields.get(where[0])
-        if field is not None and isinstance(field.default, ProviderConfig):
-            data = {"name": field.default.name}
     if isinstance(data, str):
         data = {"path" if where == ("model",) else "name": data}
     if not isinstance(data, Mapping | None):

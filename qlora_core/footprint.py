@@ -104,7 +104,7 @@ class LinearWeights:
         from transformers.pytorch_utils import Conv1D
 
         self._modules = {id(module) for module in model.modules()}
-        self._weights: dict[str, torch.nn.Parameter] = {}
+        self._layers: dict[str, tuple[torch.nn.Module, torch.nn.Parameter]] = {}
         self._sizes: dict[str, int] = {}
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         for prefix, module in model.named_modules():
@@ -115,19 +115,21 @@ class LinearWeights:
                 experts = parameter.ndim >= 3 and not isinstance(module, torch.nn.modules.conv._ConvNd)
                 if linear or experts:
                     packed = linear and quantizer.is_quantized(module)
-                    self._weights[f"{prefix}.{name}"] = parameter
+                    self._layers[f"{prefix}.{name}"] = module, parameter
                     self._sizes[f"{prefix}.{name}"] = _logical_size(module, parameter, packed=packed)
 
     def covered_by(self, adapted: torch.nn.Module) -> Coverage:
         """Return what part of the weights has an adapter in the *adapted* model.
 
         A weight has one when its layer, or a new module wrapped around its layer, holds parameters that are trained.
+        The layer is the old one, or where an adapter has replaced it the one that holds the same weight now.
         """
+        present = {id(module) for module in adapted.modules()}
         parents = {id(child): parent for parent in adapted.modules() for child in parent.children()}
         owners = {id(p): m for m in adapted.modules() for p in m.parameters(recurse=False)}
         left_out: dict[str, int] = {}
-        for name, weight in self._weights.items():
-            owner = owners.get(id(weight))
+        for name, (layer, weight) in self._layers.items():
+            owner = layer if id(layer) in present else owners.get(id(weight))
             around = parents.get(id(owner))
             wrapper = around if id(around) not in self._modules else None
             if not any(p.requires_grad for m in (owner, wrapper) if m is not None for p in m.parameters()):

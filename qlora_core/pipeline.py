@@ -177,6 +177,7 @@ def train(
         logger.info("resuming from %s", resume_from)
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # accelerate has wrapped forward for autocast
     if stop.received:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; continue with --resume", stop.received)
     if settings.keep == "best" and trainer.state.best_global_step:

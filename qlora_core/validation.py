@@ -28,6 +28,7 @@ _TYPES = {
     "bool": "true or false",
     "string": "text",
     "list": "a list",
+    "tuple": "a list",
     "dict": "a mapping of options",
     "model": "a mapping of options",
 }

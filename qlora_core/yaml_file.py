@@ -20,9 +20,16 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 2e-4 as a number, as YAML 1.2 and everybody's expectation do."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes the text 2e-4, so that it stays text."""
+
+
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+# What the parser raises beside its own errors: for 2020-13-45, !!bool x, !!timestamp x, and a thousand brackets.
+_ODD = (ValueError, KeyError, AttributeError, RecursionError)
 
 
 def read(path: Path) -> tuple[dict[str, Any], Lines]:
@@ -43,14 +50,18 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
         root = loader.get_single_node()
         lines: Lines = {}
         if root is not None:
-            _walk(root, (), lines, name)
+            _walk(root, (), lines, name, {})
         data = loader.construct_document(root) if root is not None else {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
         raise ConfigError(f"{name}{at}: not valid YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a forbidden character, 2020-13-45, &a [*a]
+    except ConfigError:  # a duplicate key; it is a ValueError too
+        raise
+    except (yaml.YAMLError, *_ODD) as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    if data is None:
+        return {}, {}
     if not isinstance(data, Mapping):
         raise ConfigError(f"{name}: must be a mapping of sections such as 'model:' (got {type(data).__name__})")
     return dict(data), lines
@@ -60,20 +71,27 @@ def scalar(text: str) -> Any:
     """Return the value that *text* has in YAML: 3, 1e-4, true, [a, b], text."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *_ODD):
         return text
 
 
 def dump(data: Mapping[str, Any]) -> str:
     """Return *data* as YAML, in its own order."""
-    return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _walk(node: yaml.Node, where: tuple[str | int, ...], lines: Lines, name: str) -> None:
+def _walk(node: yaml.Node, where: tuple[str | int, ...], lines: Lines, name: str, inside: dict[int, bool]) -> None:
+    """Note the lines of all keys under *node*. An alias is not walked again; one within itself is refused."""
+    if inside.get(id(node)):
+        at = f"{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        raise ConfigError(f"{name}:{at}: not valid YAML: an alias stands within what it repeats")
+    if id(node) in inside:
+        return
+    inside[id(node)] = True
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*where, index)] = item.start_mark.line + 1
-            _walk(item, (*where, index), lines, name)
+            _walk(item, (*where, index), lines, name, inside)
     elif isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             place = (*where, str(key.value))
@@ -83,4 +101,5 @@ def _walk(node: yaml.Node, where: tuple[str | int, ...], lines: Lines, name: str
                     f"first on line {lines[place]}; remove one of them"
                 )
             lines[place] = key.start_mark.line + 1
-            _walk(value, place, lines, name)
+            _walk(value, place, lines, name, inside)
+    inside[id(node)] = False

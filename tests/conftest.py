@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are quicker so, and other processes don't slow them down
 
 VOCABULARY, EMBEDDINGS = 384, 416  # real models, too, have more embeddings than their tokenizer has tokens
 SIZES: dict[str, dict[str, Any]] = {
@@ -90,6 +91,18 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, text: str) -> Callable[
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The folder of the demo's model, the real SmolLM2-135M-Instruct; skips where it can't be had."""
+    from qlora_core.demo_model import demo_model
+    from qlora_core.errors import ModelError
+
+    try:
+        return Path(demo_model().path)
+    except ModelError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

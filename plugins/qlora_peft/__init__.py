@@ -55,7 +55,10 @@ class LoRA(Adapter):
     options: LoRAOptions
 
     def check(self, config: RunConfig, parts: Parts) -> None:
-        """Refuse PiSSA on a quantised model, and what PiSSA can't be combined with."""
+        """Refuse PiSSA on a quantised model, what PiSSA can't be combined with, and DoRA on int8."""
+        if self.options.use_dora and parts.quantizer.name == "int8":
+            what = "PEFT loses the scales of int8 layers on the CPU when DoRA dequantises them; use nf4, or use_dora: false"
+            raise ConfigError([Problem(("use_dora",), what)])
         if self.options.init != "pissa":
             return
         if parts.quantizer.quantizes:

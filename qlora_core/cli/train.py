@@ -115,7 +115,8 @@ def read_config(
     raw.setdefault("output", f"runs/{Path(data or path or 'run').stem}")
     for key, extra in (("plugins", modules), ("disable_plugins", disable)):
         if extra:
-            raw[key] = [*(raw.get(key) or []), *extra]
+            given = raw.get(key) or []
+            raw[key] = [*given, *extra] if isinstance(given, list) else given
     try:
         return RunConfig.parse(raw, overrides or ())
     except ConfigError as error:
