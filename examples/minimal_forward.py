@@ -13,14 +13,14 @@ from qlora_peft import LoRA
 
 from qlora_core import inject_adapter, load_model, load_tokenizer
 from qlora_core.demo_model import demo_model
-from qlora_core.footprint import footprint
+from qlora_core import Footprint
 
 
 def main(model: str | None = None) -> torch.Size:
     path = model or demo_model().path
     quantizer = NF4(double_quant=True)
     base = load_model(path, quantizer)  # frozen; linear layers in NF4, the rest in the load dtype
-    size = footprint(base, quantizer)
+    size = Footprint.of(base, quantizer)
     print(f"{size.parameters:,} parameters in {size.bytes / 1e6:,.1f} MB, {size.bits_per_parameter:.2f} bits each")
 
     adapted = inject_adapter(base, LoRA(r=8, alpha=16))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qlora_core.data.encode import Encoded, encode, encode_split
     from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, QLoRAError, RunError
     from qlora_core.evaluation import evaluate
-    from qlora_core.footprint import footprint
+    from qlora_core.footprint import Footprint
     from qlora_core.generation import generate
     from qlora_core.hooks import hookimpl
     from qlora_core.model import build_skeleton, inject_adapter, load_model, load_tokenizer
@@ -37,7 +37,7 @@ _HOMES = {
     "data.encode": ("Encoded", "encode", "encode_split"),
     "errors": ("ConfigError", "DataError", "ModelError", "PluginError", "QLoRAError", "RunError"),
     "evaluation": ("evaluate",),
-    "footprint": ("footprint",),
+    "footprint": ("Footprint",),
     "generation": ("generate",),
     "hooks": ("hookimpl",),
     "model": ("build_skeleton", "inject_adapter", "load_model", "load_tokenizer"),
@@ -57,6 +57,7 @@ __all__ = [
     "DatasetSource",
     "Encoded",
     "Finished",
+    "Footprint",
     "Kernels",
     "ModelConfig",
     "ModelError",
@@ -79,7 +80,6 @@ __all__ = [
     "evaluate",
     "execute",
     "finetune",
-    "footprint",
     "generate",
     "hookimpl",
     "inject_adapter",

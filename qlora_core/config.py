@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -20,6 +20,9 @@ from qlora_core.errors import ConfigError, PluginError, Problem
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
 from qlora_core.registry import Registry
 from qlora_core.validation import did_you_mean, validate
+
+if TYPE_CHECKING:
+    import transformers
 
 __all__ = ["DataConfig", "ModelConfig", "Parts", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig"]
 
@@ -241,6 +244,13 @@ class Parts:
                 problems += error.under(*where).problems
         if problems:
             raise ConfigError(problems)
+
+    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
+        """Let the adapter refuse the model, known by its *skeleton* on the meta device; raise ConfigError."""
+        try:
+            self.adapter.check_model(skeleton)
+        except ConfigError as error:
+            raise error.under("adapter") from None
 
     def check_libraries(self) -> None:
         """Let each provider check options that it passes on to a library. Third stage, may import that library."""

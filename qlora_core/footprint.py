@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from qlora_core.providers import Quantizer
 
-__all__ = ["Coverage", "Footprint", "LinearWeights", "footprint"]
+__all__ = ["Coverage", "Footprint", "LinearWeights"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,41 @@ class Footprint:
     quantized_bytes: int
     left_out: tuple[tuple[str, int], ...]
     """Weights of two and more dimensions that are not quantised, with their parameters, largest first."""
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, quantizer: Quantizer) -> Footprint:
+        """Return the size of *model*, whose quantised layers *quantizer* made."""
+        seen: set[int] = set()
+
+        def size(tensor: torch.Tensor) -> int:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in seen:
+                return 0
+            seen.add(storage.data_ptr())
+            return storage.nbytes()
+
+        parameters = total = quantized = quantized_bytes = 0
+        left_out: dict[str, int] = {}
+        counted: set[int] = set()
+        for prefix, module in model.named_modules():
+            packed = quantizer.is_quantized(module)
+            for name, tensor in _own_tensors(module):
+                if id(tensor) in counted:
+                    continue  # a tied weight
+                counted.add(id(tensor))
+                is_weight = packed and name == "weight"
+                numel = _logical_size(module, tensor, packed=is_weight)
+                stored = size(tensor) + (sum(size(c) for c in quantizer.constants(module)) if is_weight else 0)
+                total += stored
+                if not _is_parameter(module, name):
+                    continue
+                parameters += numel
+                if is_weight:
+                    quantized += numel
+                    quantized_bytes += stored
+                elif tensor.ndim >= 2:
+                    left_out[f"{prefix}.{name}"] = tensor.numel()
+        return cls(parameters, total, quantized, quantized_bytes, _largest(left_out))
 
     @property
     def bits_per_parameter(self) -> float:
@@ -55,41 +90,6 @@ class Coverage:
     def share(self) -> float:
         """Share of those parameters whose layer got an adapter, 0 to 1."""
         return self.adapted / self.weights if self.weights else 0.0
-
-
-def footprint(model: torch.nn.Module, quantizer: Quantizer) -> Footprint:
-    """Return the size of *model*, whose quantised layers *quantizer* made."""
-    seen: set[int] = set()
-
-    def size(tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen:
-            return 0
-        seen.add(storage.data_ptr())
-        return storage.nbytes()
-
-    parameters = total = quantized = quantized_bytes = 0
-    left_out: dict[str, int] = {}
-    counted: set[int] = set()
-    for prefix, module in model.named_modules():
-        packed = quantizer.is_quantized(module)
-        for name, tensor in _own_tensors(module):
-            if id(tensor) in counted:
-                continue  # a tied weight
-            counted.add(id(tensor))
-            is_weight = packed and name == "weight"
-            numel = _logical_size(module, tensor, packed=is_weight)
-            stored = size(tensor) + (sum(size(c) for c in quantizer.constants(module)) if is_weight else 0)
-            total += stored
-            if not _is_parameter(module, name):
-                continue
-            parameters += numel
-            if is_weight:
-                quantized += numel
-                quantized_bytes += stored
-            elif tensor.ndim >= 2:
-                left_out[f"{prefix}.{name}"] = tensor.numel()
-    return Footprint(parameters, total, quantized, quantized_bytes, _largest(left_out))
 
 
 class LinearWeights:

@@ -26,7 +26,7 @@ def load_tokenizer(model: ModelConfig | str) -> transformers.PreTrainedTokenizer
     import_libraries()
     import transformers
 
-    _check_folder(config.path)
+    _check_folder(config.path, "config.json", "tokenizer_config.json")
     try:
         return transformers.AutoTokenizer.from_pretrained(config.path, **_source(config))
     except Exception as error:
@@ -45,7 +45,7 @@ def build_skeleton(model: ModelConfig | str) -> transformers.PreTrainedModel:
 
     from qlora_core.device import pick_device, pick_dtype
 
-    _check_folder(config.path)
+    _check_folder(config.path, "config.json")
     try:
         model_config = transformers.AutoConfig.from_pretrained(config.path, **_source(config))
     except Exception as error:
@@ -172,14 +172,14 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     return {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
 
 
-def _check_folder(path: str) -> None:
-    """Raise ModelError early where *path* is plainly meant as a folder and is none that holds a model."""
+def _check_folder(path: str, *files: str) -> None:
+    """Raise ModelError early where *path* is plainly meant as a folder and is none that holds one of *files*."""
     folder = Path(path).expanduser()
     if folder.is_file():
         raise ModelError(f"model.path: {path!r} is a file; name the folder that holds config.json")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.path: {path!r} is no model: it has no config.json")
+        if not any((folder / name).is_file() for name in files):
+            raise ModelError(f"model.path: {path!r} is no model: it has no {files[0]}")
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path: no folder {path!r}; name a model folder or a hub id such as owner/name")
 

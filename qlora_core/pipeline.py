@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, described
 from qlora_core.data.encode import Encoded, encode
 from qlora_core.errors import DataError, ModelError, RunError
-from qlora_core.footprint import Coverage, Footprint, LinearWeights, footprint
+from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
 from qlora_core.provenance import plugin_of, provenance
@@ -113,7 +113,7 @@ def execute(
     new_token_ids = add_tokens(tokenizer, config.tokens.add)
     skeleton = build_skeleton(config.model)
     _check_vocabulary(tokenizer, skeleton, new_token_ids)
-    parts.adapter.check_model(skeleton)
+    parts.check_model(skeleton)
     encoded = encode(parts.dataset, tokenizer, config.data)
     logger.info("%s", _data_line(encoded, config.data))
     _check_evaluates(encoded, config, parts)
@@ -122,7 +122,7 @@ def execute(
 
     transformers.set_seed(config.training.seed)
     model: torch.nn.Module = load_model(config.model, parts.quantizer, skeleton=skeleton, tokenizer=tokenizer)
-    linears, size = LinearWeights(model, parts.quantizer), footprint(model, parts.quantizer)
+    linears, size = LinearWeights(model, parts.quantizer), Footprint.of(model, parts.quantizer)
     commit = getattr(cast("Any", model).config, "_commit_hash", None)
     model = inject_adapter(cast("transformers.PreTrainedModel", model), parts.adapter, new_token_ids=new_token_ids)
     kernels = _apply_kernels(model, parts.kernels)

@@ -14,6 +14,7 @@ from typing import Any
 from qlora_core.config import ModelConfig, Parts
 from qlora_core.hooks import PROJECT
 from qlora_core.providers import Provider
+from qlora_core.registry import module_of
 
 __all__ = ["describe_provider", "fingerprint_model", "package_versions", "plugin_of", "provenance"]
 
@@ -83,7 +84,8 @@ def describe_provider(provider: Provider) -> dict[str, str]:
 def plugin_of(provider: type[Provider]) -> tuple[str, str, str]:
     """Return the plugin, distribution and version of *provider*; empty strings for a class that no plugin lists."""
     for entry in entry_points(group=PROJECT):
-        if provider.__module__ == entry.module or provider.__module__.startswith(f"{entry.module}."):
+        module = module_of(entry)
+        if provider.__module__ == module or provider.__module__.startswith(f"{module}."):
             return entry.name, entry.dist.name if entry.dist else "", entry.dist.version if entry.dist else ""
     return "", "", ""
 

@@ -115,7 +115,7 @@ class Registry:
 
     def _add(self, name: str, found: list[EntryPoint], *, blocked: bool) -> None:
         entry = found[0]
-        plugin = Plugin(name, entry.module, *_distribution(entry), blocked=blocked)
+        plugin = Plugin(name, module_of(entry), *_distribution(entry), blocked=blocked)
         if len({(e.value, _distribution(e)) for e in found}) > 1:
             owners = " and ".join(f"{_distribution(e)[0]} ({e.value})" for e in found)
             plugin = replace(
@@ -125,7 +125,7 @@ class Registry:
             )
         elif not blocked:
             try:
-                self._register(name, importlib.import_module(entry.module))
+                self._register(name, importlib.import_module(plugin.module))
             except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
                 plugin = replace(plugin, failure=_reason(error))
         self._plugins[name] = plugin
@@ -151,7 +151,7 @@ class Registry:
             name = implementation.plugin_name
             try:
                 yield from self._check(kind, name, implementation.function())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._plugins[name] = replace(self._plugins[name], failure=f"{hook_name(kind)}: {_reason(error)}")
 
     def _check(self, kind: str, plugin: str, answer: Any) -> list[Provided]:
@@ -182,6 +182,14 @@ class Registry:
     def _installed(self, kind: str) -> str:
         names = ", ".join(p.provider.name for p in self.provided(kind))
         return f"installed: {names}" if names else f"no plugin provides a {kind}"
+
+
+def module_of(entry: EntryPoint) -> str:
+    """Return the module that *entry* names, or its whole value where that is no module's name."""
+    try:
+        return entry.module
+    except (AttributeError, ValueError):
+        return entry.value
 
 
 def _distribution(entry: EntryPoint) -> tuple[str, str]:

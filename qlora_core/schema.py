@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -11,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from qlora_core.config import RunConfig
 from qlora_core.registry import Registry
+from qlora_core.yaml_file import scalar
 
 __all__ = ["config_schema", "default_text", "starter_config", "type_text"]
 
@@ -118,6 +120,6 @@ def _fields(model: type[BaseModel], values: dict[str, Any]) -> list[str]:
 
 def _yaml(value: Any) -> str:
     """Return *value* on one line; JSON is YAML, and plain words need no quotes."""
-    if isinstance(value, str) and value.replace("_", "").replace("-", "").replace("/", "").replace(".", "").isalnum():
+    if isinstance(value, str) and re.fullmatch(r"\w[\w./-]*", value) and scalar(value) == value:
         return value
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)

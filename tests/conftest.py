@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 16,
     },
+    "mixtral": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
     "phi": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
 }
 
@@ -73,10 +74,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, text: str) -> Callable[
     def make(architecture: str = "llama", **changes: Any) -> Path:
         key = f"{architecture}{sorted(changes.items())}"
         if key not in made:
-            sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256, **SIZES[architecture], **changes}
+            sizes = {"num_hidden_layers": 2, "max_position_embeddings": 256, "vocab_size": EMBEDDINGS}
+            sizes |= SIZES[architecture] | changes
             config = transformers.AutoConfig.for_model(
                 architecture,
-                vocab_size=EMBEDDINGS,
                 eos_token_id=tokenizer.eos_token_id,
                 bos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,

@@ -89,17 +89,18 @@ def save(model: Any, folder: Path) -> None:
     """Write the adapter of *model* in PEFT's format into *folder*."""
     initial = getattr(model, "initial_adapter", None)
     if initial is None:
-        model.save_pretrained(folder)
+        # never whole embeddings: new rows are trainable tokens, and looking whether they grew would ask a hub
+        model.save_pretrained(folder, save_embedding_layers=False)
         return
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if name in initial}
         config = model.peft_config["default"]
         mode, config.init_lora_weights = config.init_lora_weights, True
         _set(model, initial)
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, save_embedding_layers=False)
         _set(model, trained)
         config.init_lora_weights = mode
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=scratch)
+        model.save_pretrained(folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=scratch)
 
 
 def load(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:

@@ -1,0 +1,143 @@
+"""A run that goes on from a checkpoint ends like one that was never stopped; what can't be resumed is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from qlora_core import Finished, RunError
+from qlora_peft import LoRA
+from safetensors.torch import load_file
+
+CLOCK = ("tokens_per_second", "peak_memory_bytes", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+class StopAt(transformers.TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def timeless(finished: Finished) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in finished.run.read_metrics()]
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"max_steps": 8, "save_steps": 3, "logging_steps": 2},
+        {"max_steps": None, "epochs": 2, "save_steps": 5, "logging_steps": 3, "gradient_accumulation": 3, "batch_size": 8},
+        {"max_steps": 8, "save_steps": 3, "logging_steps": 2, "gradient_checkpointing": True, "optimizer": "adamw_8bit"},
+    ],
+    ids=["plain", "epochs-and-accumulation", "checkpointing-and-8bit"],
+)
+def test_resuming_ends_in_the_same_bits(run: Callable[..., Finished], tmp_path: Path, training: dict[str, Any]) -> None:
+    adapter = LoRA(r=4, dropout=0.1)
+    training = {**training, "save_total_limit": None}
+    whole = run(adapter=adapter, output=tmp_path / "whole", training=training)
+    with pytest.raises(KeyboardInterrupt):
+        run(adapter=adapter, output=tmp_path / "parts", training=training, callbacks=[StopAt(7)])
+    assert not (tmp_path / "parts" / "adapter").exists()
+    parts = run(adapter=adapter, output=tmp_path / "parts", training=training, resume=True)
+    ours, theirs = (load_file(f.run.adapter / "adapter_model.safetensors") for f in (whole, parts))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert timeless(whole) == timeless(parts)
+
+
+def test_resuming_from_a_named_checkpoint_goes_back_to_it(run: Callable[..., Finished], tmp_path: Path) -> None:
+    training = {"max_steps": 6, "save_steps": 2, "save_total_limit": None}
+    first = run(training=training)
+    lines = timeless(first)
+    again = run(training=training, resume=first.run.checkpoint(2))
+    assert timeless(again) == lines
+    by_name = run(training=training, resume="step-4")
+    assert timeless(by_name) == lines
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_untouched(run: Callable[..., Finished], tmp_path: Path) -> None:
+    finished = run()
+    before = {p: p.stat().st_mtime_ns for p in sorted(finished.run.folder.rglob("*"))}
+    with pytest.raises(RunError, match=r"already holds a run; continue it with --resume, replace it with --overwrite"):
+        run()
+    assert before == {p: p.stat().st_mtime_ns for p in sorted(finished.run.folder.rglob("*"))}
+    run(overwrite=True)
+
+
+def test_nothing_to_resume_from_is_said(run: Callable[..., Finished], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run to resume; leave out --resume"):
+        run(resume=True)
+    finished = run(training={"save_steps": 2})
+    with pytest.raises(RunError, match=r"step-9 is no checkpoint; .* has step-2, step-3"):
+        run(resume="step-9")
+    with pytest.raises(RunError, match=r"holds another adapter than the configuration asks for"):
+        run(resume=True, adapter=LoRA(r=8))
+    assert finished.run.adapter.is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_resumes(
+    tiny_model: Path, text_file: Path, tmp_path: Path, number: int
+) -> None:
+    command = [sys.executable, "-m", "qlora_core", "train", "--model", str(tiny_model), "--data", str(text_file)]
+    command += ["--output", str(tmp_path / "run"), "--set", "data.sequence_length=32", "--set", "training.logging_steps=1"]
+    process = subprocess.Popen([*command, "--set", "training.max_steps=3000"], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "stopped at step" in errors
+    assert "continue with --resume" in errors
+    assert "Traceback" not in errors
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step
+    resumed = subprocess.run(
+        [*command, "--set", f"training.max_steps={step + 2}", "--resume"], capture_output=True, text=True, timeout=120
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, step + 3))
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing_saved(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The system refuses files over a limit, as it refuses them on a full disk, from the second checkpoint on."""
+    code = f"""
+import resource, signal, transformers
+from qlora_core.cli.main import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+class Fill(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+from qlora_core import pipeline
+execute = pipeline.execute
+pipeline.execute = lambda *a, **k: execute(*a, **{{**k, "plain_callbacks": [Fill()]}})
+main(["train", "--model", {str(tiny_model)!r}, "--data", {str(text_file)!r}, "--output", {str(tmp_path / "run")!r},
+      "--set", "data.sequence_length=32", "--set", "training.max_steps=8", "--set", "training.save_steps=2"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=dict(os.environ))
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert "can't be written: file too large; the last checkpoint is " in error
+    assert error.endswith("free some space and resume with --resume")
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
