@@ -48,9 +48,8 @@ def split_documents(stream: TextIO, separator: str | None, piece: int = PIECE) -
                 if document:
                     yield document, continues
                 continues = False
-        while len(rest) > piece:
-            safe = piece if separator is None else min(piece, len(rest) - len(separator) + 1)
-            cut = (rest.rfind("\n", 0, safe) + 1) or (rest.rfind(" ", 0, safe) + 1) or safe
+        while len(rest) > piece + len(separator or ""):  # a separator may just have begun
+            cut = (rest.rfind("\n", 0, piece) + 1) or (rest.rfind(" ", 0, piece) + 1) or piece
             yield rest[:cut], continues
             rest, continues = rest[cut:], True
     if rest:
