@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import to_jsonable_python
 
 from qlora_core import yaml_file
 from qlora_core.errors import ConfigError, PluginError, Problem
@@ -24,7 +25,7 @@ from qlora_core.validation import did_you_mean, validate
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["DataConfig", "ModelConfig", "Parts", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig"]
+__all__ = ["DataConfig", "ModelConfig", "Parts", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig", "resolve"]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -332,7 +333,9 @@ def _put(data: Any, path: list[str], value: Any, override: str, where: tuple[str
         return value
     head, rest = path[0], path[1:]
     if data is None and len(where) == 1:
-        data = RunConfig.model_construct().model_dump().get(where[0])  # start from the default
+        field = RunConfig.model_fields.get(where[0])
+        if field is not None and not field.is_required():
+            data = to_jsonable_python(field.get_default())  # start from the default
     if isinstance(data, Sequence) and not isinstance(data, str):
         if not head.isdecimal() or int(head) >= len(data):
             raise ConfigError(f"--set {override}: {'.'.join(where)} is a list of {len(data)}; write its index, from 0")

@@ -106,7 +106,8 @@ class LinearWeights:
         self._modules = {id(module) for module in model.modules()}
         self._layers: dict[str, tuple[torch.nn.Module, torch.nn.Parameter]] = {}
         self._sizes: dict[str, int] = {}
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = find_head()
         for prefix, module in model.named_modules():
             if module is head:
                 continue

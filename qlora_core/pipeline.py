@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, described
 from qlora_core.data.encode import Encoded, encode
@@ -102,7 +102,45 @@ def execute(
     parts.check(config)
     run.check_folder(overwrite=overwrite, resume=bool(resume))
     start = _checkpoint_to_resume(run, resume)
+    prepared = _prepare(config, parts, run)
+    model, kernels = _build(config, parts, prepared)
+    _check_space(run, model, config.training)
 
+    from accelerate import PartialState
+
+    processes = PartialState()  # one process, or those of torchrun, of which the first one writes
+    processes.wait_for_everyone()
+    if start is None and processes.is_main_process:
+        commit = getattr(prepared.skeleton.config, "_commit_hash", None)
+        fingerprint = prepared.encoded.fingerprint
+        record = provenance(parts, config.model, kernels=kernels, data_fingerprint=fingerprint, commit=commit)
+        run.create()
+        run.write("config.yaml", config.to_yaml())
+        run.write("provenance.json", json.dumps(record, indent=2) + "\n")
+    processes.wait_for_everyone()
+    callbacks = [*(factory.build(run) for factory in parts.callbacks), *plain_callbacks]
+    tokenizer = prepared.tokenizer
+    metrics = train(model, tokenizer, prepared.encoded, run, callbacks, wanted=prepared.wanted, resume_from=start)
+    if processes.is_main_process:
+        run.write_adapter(lambda folder: _save(parts.adapter, model, tokenizer, folder))
+        logger.info("adapter saved in %s", run.adapter)
+    return Finished(run, model, tokenizer, metrics)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known about a run before any weight is loaded."""
+
+    wanted: dict[str, Any]
+    """TrainingArguments that callbacks declare."""
+    tokenizer: transformers.PreTrainedTokenizerBase
+    new_token_ids: list[int]
+    skeleton: transformers.PreTrainedModel
+    encoded: Encoded
+
+
+def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
+    """Check all that needs a library but no weights, and encode the data."""
     import_libraries()
     from qlora_core.training.arguments import training_arguments
 
@@ -117,33 +155,25 @@ def execute(
     encoded = encode(parts.dataset, tokenizer, config.data)
     logger.info("%s", _data_line(encoded, config.data))
     _check_evaluates(encoded, config, parts)
+    return _Prepared(wanted, tokenizer, new_token_ids, skeleton, encoded)
 
+
+def _build(config: RunConfig, parts: Parts, prepared: _Prepared) -> tuple[torch.nn.Module, Kernels | None]:
+    """Load the base model, inject the adapter, apply kernels, and say what came of it."""
     import transformers
 
     transformers.set_seed(config.training.seed)
-    model: torch.nn.Module = load_model(config.model, parts.quantizer, skeleton=skeleton, tokenizer=tokenizer)
-    linears, size = LinearWeights(model, parts.quantizer), Footprint.of(model, parts.quantizer)
-    commit = getattr(cast("Any", model).config, "_commit_hash", None)
-    model = inject_adapter(cast("transformers.PreTrainedModel", model), parts.adapter, new_token_ids=new_token_ids)
+    base = load_model(config.model, parts.quantizer, skeleton=prepared.skeleton, tokenizer=prepared.tokenizer)
+    linears, size = LinearWeights(base, parts.quantizer), Footprint.of(base, parts.quantizer)
+    model = inject_adapter(base, parts.adapter, new_token_ids=prepared.new_token_ids)
     kernels = _apply_kernels(model, parts.kernels)
     _report(size, linears.covered_by(model), parts)
-    _check_space(run, model, config.training)
+    return model, kernels
 
-    if start is None:
-        run.create()
-        run.write("config.yaml", config.to_yaml())
-        record = provenance(parts, config.model, kernels=kernels, data_fingerprint=encoded.fingerprint, commit=commit)
-        run.write("provenance.json", json.dumps(record, indent=2) + "\n")
-    callbacks = [factory.build(run) for factory in parts.callbacks]
-    metrics = train(model, tokenizer, encoded, run, [*callbacks, *plain_callbacks], wanted=wanted, resume_from=start)
 
-    def save(folder: Path) -> None:
-        parts.adapter.save(model, folder)
-        tokenizer.save_pretrained(folder)
-
-    run.write_adapter(save)
-    logger.info("adapter saved in %s", run.adapter)
-    return Finished(run, model, tokenizer, metrics)
+def _save(adapter: Adapter, model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    adapter.save(model, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def train(
@@ -172,7 +202,7 @@ def train(
     stop = StopOnSignal()
     own = [KeepBest(), stop] if settings.keep == "best" else [stop]
     trainer = QLoRATrainer(model, tokenizer, encoded, arguments, run, [*callbacks, *own])
-    if resume_from is not None:
+    if resume_from is not None and trainer.is_world_process_zero():
         run.truncate_metrics(int(resume_from.name.removeprefix("step-")))
         logger.info("resuming from %s", resume_from)
     with stop.listening():

@@ -33,7 +33,9 @@ class ProviderOptions(BaseModel):
     The key `name` is the provider's own in a configuration, so no option may have that name.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Provider(ABC):

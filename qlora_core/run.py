@@ -20,6 +20,7 @@ __all__ = ["Run"]
 
 # The order of the keys in a line of metrics.jsonl; further ones follow.
 KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes")
+FILES, FOLDERS = ("config.yaml", "provenance.json", "metrics.jsonl"), ("adapter", "checkpoints")  # what a run writes
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -44,8 +45,8 @@ class Run:
 
     @staticmethod
     def holds_a_run(folder: Path) -> bool:
-        """Return whether *folder* is one that a run has written to."""
-        return (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir()
+        """Return whether *folder* holds anything that a run writes, and that a new one would replace."""
+        return any((folder / name).is_file() for name in FILES) or any((folder / name).is_dir() for name in FOLDERS)
 
     @property
     def adapter(self) -> Path:
@@ -75,9 +76,9 @@ class Run:
     def create(self) -> None:
         """Make the folder, without what an earlier run left in it."""
         with self.storing():
-            for name in ("config.yaml", "provenance.json", "metrics.jsonl", "crash.txt"):
+            for name in (*FILES, "crash.txt"):
                 (self.folder / name).unlink(missing_ok=True)
-            for name in ("adapter", "checkpoints"):
+            for name in FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / "checkpoints").mkdir(parents=True)
 
@@ -105,7 +106,8 @@ class Run:
         """Return the lines of metrics.jsonl."""
         if not self.metrics.is_file():
             return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk may have cut the last one short
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after *step*: a resumed run writes them again."""
@@ -134,9 +136,9 @@ class Run:
         """Delete the oldest checkpoints beyond *limit*; never the newest, nor the one after step *keep*."""
         if limit is None:
             return
-        kept = {self.checkpoint(keep)} if keep else set()
-        candidates = [path for path in self.checkpoints()[:-1] if path not in kept]
-        for path in candidates[: max(0, len(candidates) + len(kept - {self.checkpoints()[-1]}) + 1 - limit)]:
+        saved = self.checkpoints()
+        others = [path for path in saved[:-1] if keep is None or path != self.checkpoint(keep)]
+        for path in others[: max(0, len(saved) - limit)]:
             shutil.rmtree(path)
 
     # Faults of the disk

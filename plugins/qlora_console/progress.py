@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,7 @@ class ProgressDisplay(TrainerCallback):
         )
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
         self._bar.start()
+        atexit.register(self._bar.stop)  # an error ends training without on_train_end, and the cursor is hidden
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance the bar."""

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import datasets
 
+from qlora_core.data.arrow import cached_dataset
 from qlora_core.errors import DataError
 
 PIECE = 2**16  # characters per row: enough for the tokenizer to be quick, little enough for any memory
@@ -22,16 +23,8 @@ def read_documents(files: list[Path], encoding: str, separator: str | None) -> d
     for file in files:
         with _opened(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    try:
-        return datasets.Dataset.from_generator(
-            _pieces,
-            gen_kwargs=settings,
-            features=datasets.Features({"text": datasets.Value("string"), "continues": datasets.Value("bool")}),
-            fingerprint=digest.hexdigest()[:32],
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise cause if isinstance(cause, DataError) else error from None
+    features = {"text": datasets.Value("string"), "continues": datasets.Value("bool")}
+    return cached_dataset(_pieces, features, digest.hexdigest(), **settings)
 
 
 def split_documents(stream: TextIO, separator: str | None, piece: int = PIECE) -> Iterator[tuple[str, bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,7 @@ def train(
     """
     settings = read_config(config, overrides, modules, disable, model=model, data=data, output=output)
     resolved, parts = resolve(settings, make_registry(settings.plugins, settings.disable_plugins))
+    quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes only the first one speaks
     say_on_stderr(quiet=quiet, verbose=verbose)
     finished = run(resolved, parts, overwrite=overwrite, resume=resume_from or resume, quiet=quiet)
     if as_json:

@@ -82,6 +82,8 @@ def encode_split(
     import_libraries()
     import datasets
 
+    from qlora_core.data.arrow import cached_dataset
+
     examples = source.examples(split)
     if examples is None:
         return None
@@ -90,12 +92,9 @@ def encode_split(
     elif "text" in examples.column_names:
         settings = f"{split} {data.sequence_length} {data.packing} {keep_rest}"
         key = f"{examples._fingerprint} {_tokenizer_digest(tokenizer)} {settings}"
-        blocks = datasets.Dataset.from_generator(
-            _text_blocks,
-            gen_kwargs={"examples": examples, "tokenizer": tokenizer, "data": data, "keep_rest": keep_rest},
-            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        )
+        features = {"input_ids": datasets.List(datasets.Value("int32"))}
+        arguments = {"examples": examples, "tokenizer": tokenizer, "data": data, "keep_rest": keep_rest}
+        blocks = cached_dataset(_text_blocks, features, key, **arguments)
     else:
         raise DataError(
             f"dataset: {source.name!r} gives rows with the columns {', '.join(examples.column_names)}; "
@@ -173,6 +172,8 @@ def _as_blocks(examples: datasets.Dataset, data: DataConfig) -> datasets.Dataset
                 f"dataset: row {index} has {len(row['input_ids'])} tokens, more than data.sequence_length "
                 f"{data.sequence_length}; raise it, or cut the rows"
             )
+        if not row["input_ids"]:
+            raise DataError(f"dataset: row {index} has no tokens; leave it out")
         if "labels" in row and len(row["labels"]) != len(row["input_ids"]):
             raise DataError(f"dataset: row {index} has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels")
     return examples.select_columns(columns)
@@ -193,8 +194,8 @@ def _digest(*splits: datasets.Dataset | None) -> str:
     for blocks in splits:
         for rows in blocks.with_format("arrow").iter(batch_size=1000) if blocks is not None else ():
             for column in rows.column_names:
-                for chunk in rows.column(column).chunks:
-                    digest.update(np.diff(chunk.offsets.to_numpy()).tobytes())
-                    digest.update(chunk.flatten().to_numpy().astype(np.int64).tobytes())
+                lists = rows.column(column).combine_chunks()
+                digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
+                digest.update(lists.flatten().to_numpy().astype(np.int64).tobytes())
         digest.update(b"|")
     return digest.hexdigest()

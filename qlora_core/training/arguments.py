@@ -110,6 +110,7 @@ def training_arguments(
         "save_total_limit": training.save_total_limit,
         "logging_steps": training.logging_steps,
         "report_to": [],
+        "ddp_find_unused_parameters": False,  # every trained parameter is used; looking for others costs a pass
         **(wanted or {}),
         **training.extra,
     }

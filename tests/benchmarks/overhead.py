@@ -68,9 +68,7 @@ def trainer(kind: str, model: Any, tokenizer: Any, blocks: datasets.Dataset, ste
         run.create()
         return QLoRATrainer(model, tokenizer, Encoded(blocks, None, ""), arguments, run, [clock])
     arguments.save_strategy = "no"
-    plain = transformers.Trainer(
-        model=model, args=arguments, train_dataset=blocks, data_collator=Collator(), callbacks=[clock]
-    )
+    plain = transformers.Trainer(model=model, args=arguments, train_dataset=blocks, data_collator=Collator(), callbacks=[clock])
     plain.remove_callback(PrinterCallback)
     return plain
 

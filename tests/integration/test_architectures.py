@@ -30,9 +30,7 @@ def test_trains_saves_and_reloads_to_the_same_logits(
 
 
 @pytest.mark.parametrize("architecture", LAYERS)
-def test_every_linear_layer_but_the_head_is_quantised_and_adapted(
-    make_model: Callable[..., Path], architecture: str
-) -> None:
+def test_every_linear_layer_but_the_head_is_quantised_and_adapted(make_model: Callable[..., Path], architecture: str) -> None:
     model = load_model(str(make_model(architecture)), NF4())
     assert sum(NF4().is_quantized(module) for module in model.modules()) == LAYERS[architecture]
     linears = LinearWeights(model, NF4())

@@ -38,9 +38,7 @@ def trained(folder: Path, between: Callable[[Any], None], quantizer: Any) -> dic
 
 
 @pytest.mark.parametrize("quantizer", [NF4(), NF4(double_quant=False), FP4()], ids=["nf4", "nf4-single", "fp4"])
-def test_evaluating_generating_and_saving_in_between_changes_no_bit(
-    tiny_model: Path, tmp_path: Path, quantizer: Any
-) -> None:
+def test_evaluating_generating_and_saving_in_between_changes_no_bit(tiny_model: Path, tmp_path: Path, quantizer: Any) -> None:
     import datasets
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)

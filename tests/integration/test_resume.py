@@ -116,9 +116,7 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_resumes(
     assert steps == list(range(1, step + 3))
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_nothing_saved(
-    tiny_model: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_one_clear_error_and_loses_nothing_saved(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     """The system refuses files over a limit, as it refuses them on a full disk, from the second checkpoint on."""
     code = f"""
 import resource, signal, transformers

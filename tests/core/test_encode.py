@@ -1,0 +1,345 @@
+"""Examples become tokens and blocks: which, how many, and in what order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+from qlora_text import TextFile
+
+from qlora_core.config import DataConfig
+from qlora_core.data.encode import Encoded, encode, encode_split
+from qlora_core.errors import DataError
+from qlora_core.providers import DatasetSource
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> transformers.PreTrainedTokenizerBase:
+    return transformers.AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def beginning(tiny_model: Path) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer that puts a token of its own before each text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    first = ("<pad>", tokenizer.pad_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[first])
+    return tokenizer
+
+
+class Rows(DatasetSource):
+    """Examples made by hand: `Rows.of(train, eval)`."""
+
+    name = "rows"
+    splits: dict[str, datasets.Dataset | None]
+
+    @classmethod
+    def of(cls, train: datasets.Dataset | dict[str, list[Any]] | None, evaluation: dict[str, list[Any]] | None = None) -> Rows:
+        source = cls()
+        made = [datasets.Dataset.from_dict(rows) if isinstance(rows, dict) else rows for rows in (train, evaluation)]
+        source.splits = dict(zip(("train", "eval"), made, strict=True))
+        return source
+
+    def examples(self, split: str) -> datasets.Dataset | None:
+        return self.splits[split]
+
+
+def data(**changes: Any) -> DataConfig:
+    return DataConfig(**{"sequence_length": LENGTH, "eval_fraction": 0.0, **changes})
+
+
+def ids(blocks: datasets.Dataset | None) -> list[list[int]]:
+    assert blocks is not None
+    return [list(row) for row in blocks["input_ids"]]
+
+
+def stream(tokenizer: Any, documents: list[str], begin: list[int] | None = None) -> list[int]:
+    """Return the tokens of *documents* as the library gives them for each at once, an EOS token after each."""
+    tokens: list[int] = []
+    for document in documents:
+        tokens += [*(begin or []), *tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return tokens
+
+
+def cut(tokens: list[int], length: int = LENGTH) -> list[list[int]]:
+    return [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+
+
+# Packing
+
+
+def test_packed_blocks_are_the_token_stream_cut_at_exactly_the_sequence_length(tokenizer: Any, text: str) -> None:
+    documents = [text[:900], "short", text[2000:3500]]
+    blocks = ids(encode_split(Rows.of({"text": documents}), "train", tokenizer, data()))
+    assert blocks == cut(stream(tokenizer, documents))
+    assert {len(block) for block in blocks} == {LENGTH}
+
+
+def test_a_file_gives_the_stream_that_tokenising_it_at_once_gives(tokenizer: Any, text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text[:30_000], encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Grüße 🦙 an alle.\r\n", encoding="utf-8", newline="")
+    blocks = ids(encode_split(TextFile(path=str(tmp_path)), "train", tokenizer, data()))
+    assert blocks == cut(stream(tokenizer, [text[:30_000], "Grüße 🦙 an alle.\n"]))
+
+
+def test_separated_documents_end_with_the_end_token_each(tokenizer: Any, tmp_path: Path) -> None:
+    documents = ["The first document of three.", "A second one, somewhat longer than that.", "And the last."]
+    (tmp_path / "a.txt").write_text("\n---\n".join(documents), encoding="utf-8")
+    source = TextFile(path=str(tmp_path / "a.txt"), separator="\n---\n")
+    blocks = encode_split(source, "train", tokenizer, data(), keep_rest=True)
+    flat = [token for block in ids(blocks) for token in block]
+    assert flat == stream(tokenizer, documents)
+    assert flat.count(tokenizer.eos_token_id) == 3
+
+
+def test_rows_that_continue_a_document_have_no_end_token_between_them(tokenizer: Any) -> None:
+    rows = {"text": ["one two three ", "four five six ", "seven"], "continues": [False, True, False]}
+    blocks = encode_split(Rows.of(rows), "train", tokenizer, data(), keep_rest=True)
+    flat = [token for block in ids(blocks) for token in block]
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in rows["text"]]
+    eos = tokenizer.eos_token_id
+    assert flat == [*parts[0], *parts[1], eos, *parts[2], eos]
+
+
+def test_many_rows_keep_their_order_across_the_tokenizers_batches(tokenizer: Any) -> None:
+    documents = [f"document number {index}" for index in range(150)]
+    blocks = ids(encode_split(Rows.of({"text": documents}), "train", tokenizer, data()))
+    assert blocks == cut(stream(tokenizer, documents))
+
+
+def test_each_document_begins_as_the_tokenizer_begins_a_text(beginning: Any, text: str) -> None:
+    documents = [text[:200], text[300:610]]
+    blocks = encode_split(Rows.of({"text": documents}), "train", beginning, data(), keep_rest=True)
+    flat = [token for block in ids(blocks) for token in block]
+    assert flat == stream(beginning, documents, begin=[beginning.pad_token_id])
+    assert flat[0] == beginning.pad_token_id
+
+
+def test_a_tokenizer_without_an_end_token_joins_documents_with_nothing(tiny_model: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.eos_token = None
+    blocks = encode_split(Rows.of({"text": ["one two ", "three four"]}), "train", tokenizer, data(), keep_rest=True)
+    expected = [token for part in ("one two ", "three four") for token in tokenizer(part)["input_ids"]]
+    assert [token for block in ids(blocks) for token in block] == expected
+
+
+def test_a_shorter_rest_is_dropped_for_training_and_kept_for_evaluation(tokenizer: Any, text: str) -> None:
+    tokens = stream(tokenizer, [text[:300]])
+    full = len(tokens) // LENGTH
+    assert len(tokens) - full * LENGTH > 1
+    rows = Rows.of({"text": [text[:300]]})
+    assert ids(encode_split(rows, "train", tokenizer, data())) == cut(tokens)
+    assert ids(encode_split(rows, "train", tokenizer, data(), keep_rest=True)) == [*cut(tokens), tokens[full * LENGTH :]]
+
+
+def test_a_rest_of_one_token_predicts_nothing_and_is_dropped(tokenizer: Any) -> None:
+    word = next(w for n in range(1, 60) if len(stream(tokenizer, [w := "x" * n])) == LENGTH + 1)
+    blocks = encode_split(Rows.of({"text": [word]}), "train", tokenizer, data(), keep_rest=True)
+    assert ids(blocks) == [stream(tokenizer, [word])[:LENGTH]]
+
+
+# Without packing
+
+
+def test_without_packing_no_block_spans_two_documents_and_rests_stay(tokenizer: Any, text: str) -> None:
+    documents = [text[:200], "short", text[500:560]]
+    blocks = ids(encode_split(Rows.of({"text": documents}), "train", tokenizer, data(packing=False)))
+    expected = []
+    for document in documents:
+        tokens = stream(tokenizer, [document])
+        expected += [tokens[start : start + LENGTH] for start in range(0, len(tokens), LENGTH)]
+    assert blocks == [block for block in expected if len(block) > 1]
+    assert any(len(block) < LENGTH for block in blocks)
+
+
+def test_without_packing_each_document_begins_as_the_tokenizer_begins_a_text(beginning: Any) -> None:
+    blocks = ids(encode_split(Rows.of({"text": ["one", "two"]}), "train", beginning, data(packing=False)))
+    assert blocks == [stream(beginning, [word], begin=[beginning.pad_token_id]) for word in ("one", "two")]
+
+
+# Holding out
+
+
+def test_the_held_out_share_comes_from_the_end(tokenizer: Any, text: str) -> None:
+    source = Rows.of({"text": [text[:3000]]})
+    every = ids(encode_split(source, "train", tokenizer, data()))
+    encoded = encode(source, tokenizer, data(eval_fraction=0.25))
+    held_out = round(len(every) * 0.25)
+    assert ids(encoded.eval) == every[-held_out:]
+    assert ids(encoded.train) == every[:-held_out]
+    assert encoded.train_tokens == LENGTH * (len(every) - held_out)
+    assert encoded.eval_tokens == LENGTH * held_out
+
+
+def test_at_least_one_block_is_held_out(tokenizer: Any, text: str) -> None:
+    encoded = encode(Rows.of({"text": [text[:400]]}), tokenizer, data(eval_fraction=0.001))
+    assert len(ids(encoded.eval)) == 1
+
+
+def test_nothing_is_held_out_where_nobody_asks_for_it(tokenizer: Any, text: str) -> None:
+    encoded = encode(Rows.of({"text": [text[:400]]}), tokenizer, data(eval_fraction=0.0))
+    assert encoded.eval is None
+    assert encoded.eval_tokens == 0
+    assert ids(encoded.train) == cut(stream(tokenizer, [text[:400]]))
+
+
+def test_a_separate_evaluation_split_is_used_whole_and_nothing_is_held_out(tokenizer: Any, text: str) -> None:
+    source = Rows.of({"text": [text[:400]]}, {"text": [text[600:700]]})
+    encoded = encode(source, tokenizer, data(eval_fraction=0.5))
+    assert ids(encoded.train) == cut(stream(tokenizer, [text[:400]]))
+    assert [token for block in ids(encoded.eval) for token in block] == stream(tokenizer, [text[600:700]])
+
+
+def test_a_separate_evaluation_file_may_be_shorter_than_a_block(tokenizer: Any, text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text(text[:400], encoding="utf-8")
+    (tmp_path / "eval.txt").write_text("few words", encoding="utf-8")
+    source = TextFile(path=str(tmp_path / "train.txt"), eval_path=str(tmp_path / "eval.txt"))
+    assert ids(encode(source, tokenizer, data()).eval) == [stream(tokenizer, ["few words"])]
+
+
+def test_too_few_blocks_to_hold_any_out_name_three_remedies(tokenizer: Any) -> None:
+    words = "one two three four five six seven eight"
+    length = len(stream(tokenizer, [words]))
+    with pytest.raises(DataError) as caught:
+        encode(Rows.of({"text": [words]}), tokenizer, data(sequence_length=length, eval_fraction=0.1))
+    assert str(caught.value) == (
+        f"data.eval_fraction: the data gives 1 block of {length} tokens, too few to hold any out; "
+        "set data.eval_fraction=0, a smaller data.sequence_length, or add data"
+    )
+
+
+# Tokens made by the source
+
+
+def test_rows_of_tokens_are_taken_as_they_are(tokenizer: Any) -> None:
+    rows = {"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, 6, 7], [8, -100]], "note": ["a", "b"]}
+    encoded = encode(Rows.of(rows), tokenizer, data())
+    assert encoded.train.column_names == ["input_ids", "labels"]
+    assert ids(encoded.train) == rows["input_ids"]
+    assert [list(row) for row in encoded.train["labels"]] == rows["labels"]
+
+
+def test_rows_of_tokens_may_have_one_fixed_length(tokenizer: Any) -> None:
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=3)})
+    rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features)
+    assert ids(encode(Rows.of(rows), tokenizer, data()).train) == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {"input_ids": [[1], [1] * 17]},
+            "dataset: row 1 has 17 tokens, more than data.sequence_length 16; raise it, or cut the rows",
+        ),
+        ({"input_ids": [[1, 2]], "labels": [[1]]}, "dataset: row 0 has 2 input_ids and 1 labels"),
+        (
+            {"prompt": ["x"], "answer": ["y"]},
+            "dataset: 'rows' gives rows with the columns prompt, answer; rows must have text, or input_ids with optional labels",
+        ),
+        ({"text": []}, "dataset: 'rows' gives no tokens; the data is empty"),
+        ({"input_ids": []}, "dataset: 'rows' gives no tokens; the data is empty"),
+    ],
+)
+def test_rows_that_can_not_be_used_say_why(tokenizer: Any, rows: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        encode(Rows.of(rows), tokenizer, data())
+    assert str(caught.value).startswith(message)
+
+
+def test_a_row_without_tokens_is_refused_by_its_number(tokenizer: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        encode(Rows.of({"input_ids": [[1, 2], []]}), tokenizer, data())
+    assert str(caught.value).startswith("dataset: row 1 has no tokens")
+
+
+def test_a_text_shorter_than_a_block_says_how_many_tokens_it_has(tokenizer: Any) -> None:
+    tokens = len(stream(tokenizer, ["few"]))
+    with pytest.raises(DataError) as caught:
+        encode(Rows.of({"text": ["few"]}), tokenizer, data())
+    assert str(caught.value) == (
+        f"dataset: 'rows' gives {tokens} tokens, fewer than one block of 16; "
+        f"add text, or set data.sequence_length to at most {tokens}"
+    )
+
+
+def test_an_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(DataError) as caught:
+        encode(TextFile(path=str(tmp_path / "empty.txt")), tokenizer, data())
+    assert str(caught.value) == "dataset: 'text' gives no tokens; the data is empty"
+
+
+def test_a_source_without_a_training_split_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        encode(Rows.of(None), tokenizer, data())
+    assert str(caught.value) == "dataset: 'rows' gives no examples to train on"
+
+
+# Fingerprints
+
+
+def fingerprint(tokenizer: Any, train: dict[str, list[Any]], evaluation: dict[str, list[Any]] | None = None, **changes: Any) -> str:
+    return encode(Rows.of(train, evaluation), tokenizer, data(**changes)).fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_tokens_wherever_they_come_from(tokenizer: Any, text: str, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(text[:500], encoding="utf-8")
+    marks = {encode(TextFile(path=str(tmp_path / name)), tokenizer, data()).fingerprint for name in ("a.txt", "b.txt")}
+    blocks = cut(stream(tokenizer, [text[:500]]))
+    marks.add(fingerprint(tokenizer, {"input_ids": blocks}))
+    assert len(marks) == 1
+    assert len(marks.pop()) == 64
+
+
+def test_the_fingerprint_changes_with_every_token_label_and_boundary(tokenizer: Any, beginning: Any, text: str) -> None:
+    tokens = {"input_ids": [[1, 2, 3], [4, 5]]}
+    marks = [
+        fingerprint(tokenizer, tokens),
+        fingerprint(tokenizer, {"input_ids": [[1, 2, 3], [4, 6]]}),
+        fingerprint(tokenizer, {"input_ids": [[1, 2], [3, 4, 5]]}),
+        fingerprint(tokenizer, {"input_ids": [[4, 5], [1, 2, 3]]}),
+        fingerprint(tokenizer, {**tokens, "labels": [[1, 2, 3], [4, 5]]}),
+        fingerprint(tokenizer, {**tokens, "labels": [[1, 2, 3], [-100, 5]]}),
+        fingerprint(tokenizer, tokens, {"input_ids": [[1]]}),
+        fingerprint(tokenizer, {"text": [text[:500]]}),
+        fingerprint(tokenizer, {"text": [text[:500]]}, sequence_length=8),
+        fingerprint(tokenizer, {"text": [text[:500]]}, packing=False),
+        fingerprint(tokenizer, {"text": [text[1:501]]}),
+        fingerprint(beginning, {"text": [text[:500]]}),
+    ]
+    assert len(set(marks)) == len(marks)
+
+
+def test_the_same_file_with_another_text_gives_the_other_texts_blocks(tokenizer: Any, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    for start in (0, 700, 0):
+        path.write_text(text[start : start + 600], encoding="utf-8")
+        blocks = ids(encode_split(TextFile(path=str(path)), "train", tokenizer, data()))
+        assert blocks == cut(stream(tokenizer, [text[start : start + 600]]))
+
+
+def test_blocks_made_once_are_found_again_only_for_the_same_tokenizer(tokenizer: Any, beginning: Any, text: str) -> None:
+    source = Rows.of({"text": [text[:600]]})
+    assert ids(encode_split(source, "train", tokenizer, data())) == cut(stream(tokenizer, [text[:600]]))
+    expected = cut(stream(beginning, [text[:600]], begin=[beginning.pad_token_id]))
+    assert ids(encode_split(source, "train", beginning, data())) == expected
+
+
+def test_a_text_of_the_shared_data_gives_the_stream_of_the_library(tokenizer: Any) -> None:
+    path = Path(__file__).parents[2].parent / "shared" / "data" / "text" / "tiny_shakespeare.txt"
+    if not path.is_file():
+        pytest.skip("the text is not there")
+    encoded = encode(TextFile(path=str(path)), tokenizer, data(sequence_length=256, eval_fraction=0.1))
+    assert isinstance(encoded, Encoded)
+    flat = [token for block in ids(encoded.train)[:100] for token in block]
+    beginning_of_text = path.read_text(encoding="utf-8")[:60_000]
+    assert flat[:20_000] == tokenizer(beginning_of_text)["input_ids"][:20_000]
