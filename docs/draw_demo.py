@@ -38,9 +38,8 @@ def draw(run: Path, report: dict[str, Any]) -> str:
         values = getattr(config, section).model_dump(mode="json")
         shown = {key: value for key, value in values.items() if value not in (None, [], "none", "default", False)}
         console.print(f"{section}: {json.dumps(shown)}".replace('"', ""), markup=False)
-    bar = Progress(
-        TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn(figures), console=console, auto_refresh=False
-    )
+    columns = (TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TextColumn(figures))
+    bar = Progress(*columns, console=console, auto_refresh=False)
     bar.add_task("training", total=last["step"], completed=last["step"])
     console.print()
     console.print(bar)

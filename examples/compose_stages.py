@@ -1,6 +1,6 @@
 """A fine-tuning put together from its stages, each a plain function: look at the model between any two of them.
 
-    python examples/compose_stages.py --text corpus.txt
+python examples/compose_stages.py --text corpus.txt
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import tempfile
 from pathlib import Path
 
 import transformers
-from qlora_bitsandbytes import NF4
-from qlora_peft import LoRA
-from qlora_text import TextFile
 
+from qlora_bitsandbytes import NF4
 from qlora_core import (
     DataConfig,
     Run,
@@ -28,6 +26,8 @@ from qlora_core import (
     train,
 )
 from qlora_core.demo_model import demo_model, demo_text
+from qlora_peft import LoRA
+from qlora_text import TextFile
 
 
 def main(model: str | None = None, text: str | None = None, steps: int = 20, output: str | None = None) -> dict[str, float]:

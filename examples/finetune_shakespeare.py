@@ -12,11 +12,10 @@ from pathlib import Path
 
 from qlora_bitsandbytes import NF4
 from qlora_console import Progress
-from qlora_peft import LoRA
-from qlora_text import TextFile
-
 from qlora_core import Finished, finetune, generate
 from qlora_core.demo_model import demo_model
+from qlora_peft import LoRA
+from qlora_text import TextFile
 
 
 def main(

@@ -1,6 +1,6 @@
 """The smallest thing that is QLoRA: a model in 4 bits, LoRA on top, one forward pass.
 
-    python examples/minimal_forward.py --model HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/minimal_forward.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from qlora_bitsandbytes import NF4
-from qlora_peft import LoRA
 
-from qlora_core import inject_adapter, load_model, load_tokenizer
+from qlora_bitsandbytes import NF4
+from qlora_core import Footprint, inject_adapter, load_model, load_tokenizer
 from qlora_core.demo_model import demo_model
-from qlora_core import Footprint
+from qlora_peft import LoRA
 
 
 def main(model: str | None = None) -> torch.Size:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_tokens", "build_skeleton", "inject_adapter", "load_model", "load_tokenizer"]
 
+NOWHERE = "is no model folder, and not to be had from the hub"
+
 
 def load_tokenizer(model: ModelConfig | str) -> transformers.PreTrainedTokenizerBase:
     """Return the tokenizer of *model*; raise ModelError where there is none."""
@@ -30,7 +32,8 @@ def load_tokenizer(model: ModelConfig | str) -> transformers.PreTrainedTokenizer
     try:
         return transformers.AutoTokenizer.from_pretrained(config.path, **_source(config))
     except Exception as error:
-        raise ModelError(f"model.path: {config.path!r} has no tokenizer that transformers can load: {_first(error)}") from error
+        where = "has no tokenizer that transformers can load" if Path(config.path).is_dir() else NOWHERE
+        raise ModelError(f"model.path: {config.path!r} {where}: {_first(error)}") from error
 
 
 def build_skeleton(model: ModelConfig | str) -> transformers.PreTrainedModel:
@@ -49,8 +52,8 @@ def build_skeleton(model: ModelConfig | str) -> transformers.PreTrainedModel:
     try:
         model_config = transformers.AutoConfig.from_pretrained(config.path, **_source(config))
     except Exception as error:
-        where = "no model folder, and not to be had from the hub" if not Path(config.path).is_dir() else "no model"
-        raise ModelError(f"model.path: {config.path!r} is {where}: {_first(error)}") from error
+        where = "is no model" if Path(config.path).is_dir() else NOWHERE
+        raise ModelError(f"model.path: {config.path!r} {where}: {_first(error)}") from error
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
@@ -81,6 +84,7 @@ def load_model(
     import_libraries()
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     from qlora_core.device import pick_device
 
@@ -99,7 +103,7 @@ def load_model(
             **_source(config),
             **quantizer.load_kwargs(skeleton),
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # cut short, another shape, ...
         raise ModelError(f"model.path: {config.path!r} can't be loaded with {quantizer.name}: {_first(error)}") from error
     base, report = loaded
     if report["missing_keys"]:

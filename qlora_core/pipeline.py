@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, described
-from qlora_core.data.encode import Encoded, encode
 from qlora_core.errors import DataError, ModelError, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.libraries import import_libraries
@@ -23,6 +22,8 @@ from qlora_core.run import Run
 if TYPE_CHECKING:
     import torch
     import transformers
+
+    from qlora_core.data.encode import Encoded
 
 __all__ = ["Finished", "Interrupted", "execute", "finetune", "train"]
 
@@ -142,6 +143,7 @@ class _Prepared:
 def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
     """Check all that needs a library but no weights, and encode the data."""
     import_libraries()
+    from qlora_core.data.encode import encode
     from qlora_core.training.arguments import training_arguments
 
     parts.check_libraries()

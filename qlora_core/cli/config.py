@@ -10,7 +10,6 @@ import typer
 
 from qlora_core.cli.options import Disable, Json, Modules, Set, make_registry, stdout
 from qlora_core.cli.train import read_config
-from qlora_core.config import resolve
 from qlora_core.errors import RunError
 from qlora_core.schema import config_schema, starter_config
 
@@ -34,13 +33,15 @@ def init(
 
       qlora config init shakespeare.yaml --data tiny_shakespeare.txt
     """
+    if path.is_dir():
+        raise RunError(f"{path} is a folder; name a file in it")
     if path.exists() and not force:
         raise RunError(f"{path} exists already; name another file, or replace it with --force")
     if not path.parent.is_dir():
         raise RunError(f"{path.parent} is no folder; make it first")
     text = starter_config(make_registry(), model=model, data=data, output=f"runs/{path.stem}")
     path.write_text(text, encoding="utf-8")
-    stdout().print(f"Wrote {path}. Run it with: qlora train {path}")
+    stdout().print(f"Wrote {path}. Run it with: qlora train {path}", markup=False)
 
 
 @app.command("show")
@@ -59,8 +60,7 @@ def show(
 
       qlora config show qlora.yaml --set quantizer.double_quant=false --json
     """
-    settings = read_config(config, overrides, modules, disable)
-    resolved, parts = resolve(settings, make_registry(settings.plugins, settings.disable_plugins))
+    resolved, parts = read_config(config, overrides, modules, disable)
     parts.check(resolved)
     print(json.dumps(resolved.model_dump(mode="json")) if as_json else resolved.to_yaml(), end="\n" if as_json else "")
 

@@ -103,6 +103,7 @@ def _memory(device: Any) -> dict[str, int | None]:
 
 
 def _show(report: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     def mark(good: bool) -> str:
@@ -117,11 +118,11 @@ def _show(report: dict[str, Any]) -> None:
     table.add_row("CUDA devices", str(device["cuda_devices"]), mark(True))
     table.add_row("bfloat16", "yes, in hardware" if device["bf16"] else "no: float32 is used", mark(True))
     backend = report["bitsandbytes"]
-    table.add_row("bitsandbytes backend", backend["problem"] or backend["backend"], mark(not backend["problem"]))
+    table.add_row("bitsandbytes backend", escape(backend["problem"] or backend["backend"]), mark(not backend["problem"]))
     memory = report["memory"]
     if memory["total_bytes"]:
         table.add_row("memory", f"{memory['free_bytes'] / 1e9:.1f} of {memory['total_bytes'] / 1e9:.1f} GB free", mark(True))
     for name, plugin in report["plugins"].items():
         status = {"ok": mark(True), "blocked": "[yellow]disabled[/yellow]"}.get(plugin["status"], mark(False))
-        table.add_row(f"plugin {name}", plugin["failure"] or plugin["from"], status)
+        table.add_row(escape(f"plugin {name}"), escape(plugin["failure"] or plugin["from"]), status)
     stdout().print(table)

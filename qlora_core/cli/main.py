@@ -37,35 +37,45 @@ app.add_typer(plugins.app)
 app.add_typer(config.app)
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(f"qlora-core {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    code = _run(_split_resume(given))
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(_run(_split_resume(given)))
 
 
 def _run(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="qlora", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        sys.stdout.flush()
+        code = result if isinstance(result, int) else 0
+        if code == 128 + signal.SIGINT:  # how typer reports an interruption
+            print("stopped", file=sys.stderr)
+        return code
     except QLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 128 + getattr(error, "signal", 0) if hasattr(error, "signal") else 2
     except typer.Abort:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # qlora ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit) as error:  # qlora ... | head, which typer makes an exit with 1
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error; the class is typer's own

@@ -37,7 +37,7 @@ Disable = Annotated[
 def make_registry(modules: Sequence[str] | None = None, disable: Sequence[str] | None = None) -> Registry:
     """Return the registry for a command: installed plugins, *modules*, less *disable* and QLORA_DISABLE_PLUGINS."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # -p names a module beside the configuration
+        sys.path.append(os.getcwd())  # -p names a module beside the configuration; last, so that it shadows no library
     blocked = [name for name in re.split(r"[,\s]+", os.environ.get("QLORA_DISABLE_PLUGINS", "")) if name]
     return Registry(modules=modules or (), disable={*(disable or ()), *blocked})
 

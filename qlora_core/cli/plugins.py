@@ -7,6 +7,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_core.cli.options import Disable, Json, Modules, make_registry, stdout
@@ -39,8 +40,8 @@ def list_plugins(modules: Modules = None, disable: Disable = None, as_json: Json
     for plugin in registry.plugins:
         names = [f"{item.kind} {item.provider.name}" for item in provided if item.plugin.name == plugin.name]
         status = {"ok": "[green]ok[/green]", "blocked": "[yellow]disabled[/yellow]"}.get(plugin.status, "[red]failed[/red]")
-        detail = f"{status}: {plugin.failure}" if plugin.failure else status
-        table.add_row(plugin.name, "\n".join(names), plugin.origin, detail)
+        detail = f"{status}: {escape(plugin.failure)}" if plugin.failure else status
+        table.add_row(escape(plugin.name), escape("\n".join(names)), escape(plugin.origin), detail)
     stdout().print(table)
 
 
@@ -66,15 +67,17 @@ def show(
         return
     console = stdout()
     for item in found:
-        console.print(f"[bold]{item.provider.name}[/bold] · {item.kind} · plugin {item.plugin.name} · {item.plugin.origin}")
-        console.print(f"{inspect.getdoc(item.provider) or ''}\n")
+        origin = escape(f"{item.kind} · plugin {item.plugin.name} · {item.plugin.origin}")
+        console.print(f"[bold]{escape(item.provider.name)}[/bold] · {origin}")
+        console.print(f"{inspect.getdoc(item.provider) or ''}\n", markup=False)
         fields = item.provider.Options.model_fields
         if not fields:
             console.print("It has no options.\n")
             continue
         table = Table("option", "type", "default", "what it does")
         for option, field in fields.items():
-            table.add_row(option, type_text(field.annotation), default_text(field), field.description or "")
+            cells = (option, type_text(field.annotation), default_text(field), field.description or "")
+            table.add_row(*(escape(cell) for cell in cells))
         console.print(table)
 
 

@@ -57,8 +57,7 @@ def train(
 
       qlora train qlora.yaml --resume
     """
-    settings = read_config(config, overrides, modules, disable, model=model, data=data, output=output)
-    resolved, parts = resolve(settings, make_registry(settings.plugins, settings.disable_plugins))
+    resolved, parts = read_config(config, overrides, modules, disable, model=model, data=data, output=output)
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes only the first one speaks
     say_on_stderr(quiet=quiet, verbose=verbose)
     finished = run(resolved, parts, overwrite=overwrite, resume=resume_from or resume, quiet=quiet)
@@ -66,7 +65,7 @@ def train(
         print(json.dumps({"run": str(finished.run.folder), "metrics": finished.metrics}))
     elif not quiet:
         folder = finished.run.folder
-        stdout().print(f'Done: {folder}\nTry it with: qlora generate {folder} "..."')
+        stdout().print(f'Done: {folder}\nTry it with: qlora generate {folder} "..."', markup=False)
 
 
 class RunCrashed(Exception):
@@ -98,8 +97,8 @@ def read_config(
     model: str | None = None,
     data: str | None = None,
     output: str | None = None,
-) -> RunConfig:
-    """Return the configuration that a command names by file, by options, or by both; options win."""
+) -> tuple[RunConfig, Parts]:
+    """Return the configuration that a command names by file, by options, or by both, resolved; options win."""
     lines: dict[tuple[str | int, ...], int] = {}
     raw: dict[str, Any] = {}
     if path is not None:
@@ -120,6 +119,7 @@ def read_config(
             given = raw.get(key) or []
             raw[key] = [*given, *extra] if isinstance(given, list) else given
     try:
-        return RunConfig.parse(raw, overrides or ())
+        settings = RunConfig.parse(raw, overrides or ())
+        return resolve(settings, make_registry(settings.plugins, settings.disable_plugins))
     except ConfigError as error:
         raise error.located(str(path), lines) from None

@@ -38,9 +38,13 @@ def qlora() -> Callable[..., Result]:
         logger = logging.getLogger("qlora_core")
         kept = list(logger.handlers), logger.level, logger.propagate
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-                with pytest.raises(SystemExit) as exit_:
-                    main([str(argument) for argument in arguments])
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                warnings.catch_warnings(),
+                pytest.raises(SystemExit) as exit_,
+            ):
+                main([str(argument) for argument in arguments])
         finally:
             sys.path[:] = path
             logger.handlers[:], logger.level, logger.propagate = kept
@@ -50,9 +54,7 @@ def qlora() -> Callable[..., Result]:
 
 
 @pytest.fixture(autouse=True)
-def _plain_surroundings(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _plain_surroundings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test in a folder of its own, without colours forced by the environment, with a cache of its own."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -61,7 +61,7 @@ PLAIN: list[Any] = [
     [1, [2, (3, None)]],
     (1, (2, [3])),
     {"a": {"b": [1, {"c": ()}]}},
-    {1: "int", "1": "text", None: 0, True: 1, 2.5: 2, (1, "x"): 3},
+    {1: "int", "1": "text", None: 0, False: 1, 2.5: 2, (1, "x"): 3},
     {"tensor": "0", "array": True},
     {"tuple": [1]},
     {"dict": [[1, 2]]},

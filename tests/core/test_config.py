@@ -103,7 +103,12 @@ def test_a_configuration_can_not_be_changed() -> None:
     [
         ({"modle": "x"}, "modle", "the configuration accepts model, quantizer, adapter,", "'model'"),
         ({"model": {"path": "x", "dtyp": 1}}, "model.dtyp", "model accepts path, revision, dtype,", "'dtype'"),
-        ({"data": {"sequence_lenght": 8}}, "data.sequence_lenght", "data accepts sequence_length, packing,", "'sequence_length'"),
+        (
+            {"data": {"sequence_lenght": 8}},
+            "data.sequence_lenght",
+            "data accepts sequence_length, packing,",
+            "'sequence_length'",
+        ),
         ({"data": {"max_length": 8}}, "data.max_length", "data accepts sequence_length,", "'sequence_length'"),
         ({"tokens": {"ad": []}}, "tokens.ad", "tokens accepts add", "'add'"),
         ({"training": {"learningrate": 1}}, "training.learningrate", "training accepts epochs, max_steps,", "'learning_rate'"),
@@ -123,7 +128,12 @@ def test_an_unknown_key_is_refused_at_every_level_with_what_is_accepted(
 @pytest.mark.parametrize(
     ("sections", "key", "owner", "guess"),
     [
-        ({"quantizer": {"name": "nf4", "double_quantt": 1}}, "quantizer.double_quantt", "nf4 accepts double_quant,", "'double_quant'"),
+        (
+            {"quantizer": {"name": "nf4", "double_quantt": 1}},
+            "quantizer.double_quantt",
+            "nf4 accepts double_quant,",
+            "'double_quant'",
+        ),
         ({"adapter": {"name": "lora", "rank": 8}}, "adapter.rank", "lora accepts r, alpha, dropout,", "'r'"),
         ({"adapter": {"name": "lora", "lora_alpha": 8}}, "adapter.lora_alpha", "lora accepts r, alpha,", "'alpha'"),
         ({"dataset": {"name": "text", "path": "x", "encodng": 1}}, "dataset.encodng", "text accepts path,", "'encoding'"),
@@ -232,7 +242,9 @@ def test_problems_of_all_providers_are_reported_together(registry: Registry) -> 
 
 def test_each_problem_of_a_file_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("model: some/model\ndataset: text\ntraining:\n  seed: 1\n  batch_size: 0\ncallbacks:\n  - progress\n  - 3\n")
+    path.write_text(
+        "model: some/model\ndataset: text\ntraining:\n  seed: 1\n  batch_size: 0\ncallbacks:\n  - progress\n  - 3\n"
+    )
     with pytest.raises(ConfigError) as caught:
         RunConfig.read(path)
     lines = sorted(str(caught.value).splitlines())

@@ -8,12 +8,12 @@ from typing import Any
 import datasets
 import pytest
 import transformers
-from qlora_text import TextFile
 
 from qlora_core.config import DataConfig
 from qlora_core.data.encode import Encoded, encode, encode_split
 from qlora_core.errors import DataError
 from qlora_core.providers import DatasetSource
+from qlora_text import TextFile
 
 LENGTH = 16
 
@@ -242,7 +242,7 @@ def test_rows_of_tokens_may_have_one_fixed_length(tokenizer: Any) -> None:
         ({"input_ids": [[1, 2]], "labels": [[1]]}, "dataset: row 0 has 2 input_ids and 1 labels"),
         (
             {"prompt": ["x"], "answer": ["y"]},
-            "dataset: 'rows' gives rows with the columns prompt, answer; rows must have text, or input_ids with optional labels",
+            "dataset: 'rows' gives rows with the columns prompt, answer; rows must have text, or input_ids",
         ),
         ({"text": []}, "dataset: 'rows' gives no tokens; the data is empty"),
         ({"input_ids": []}, "dataset: 'rows' gives no tokens; the data is empty"),
@@ -286,7 +286,9 @@ def test_a_source_without_a_training_split_is_refused(tokenizer: Any) -> None:
 # Fingerprints
 
 
-def fingerprint(tokenizer: Any, train: dict[str, list[Any]], evaluation: dict[str, list[Any]] | None = None, **changes: Any) -> str:
+def fingerprint(
+    tokenizer: Any, train: dict[str, list[Any]], evaluation: dict[str, list[Any]] | None = None, **changes: Any
+) -> str:
     return encode(Rows.of(train, evaluation), tokenizer, data(**changes)).fingerprint
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from qlora_bitsandbytes import NF4
-from qlora_peft import LoRA
-from qlora_plain import NoQuantizer
 
+from qlora_bitsandbytes import NF4
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.model import inject_adapter, load_model
 from qlora_core.providers import Quantizer
+from qlora_peft import LoRA
+from qlora_plain import NoQuantizer
 
 
 class PackedLinear(torch.nn.Linear):

@@ -9,16 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
 from qlora_bitsandbytes import NF4
 from qlora_console import Progress
-from qlora_peft import LoRA
-from qlora_plain import Reference
-from qlora_text import TextFile
-
 from qlora_core import provenance as module
 from qlora_core.config import ModelConfig, Parts
 from qlora_core.provenance import describe_provider, fingerprint_model, package_versions, plugin_of, provenance
 from qlora_core.registry import Registry
+from qlora_peft import LoRA
+from qlora_plain import Reference
+from qlora_text import TextFile
 
 SOURCE = """
     import qlora_core

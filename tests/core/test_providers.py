@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from pydantic import Field, ValidationError
+
 from qlora_bitsandbytes import NF4
 from qlora_console import EarlyStopping
-from qlora_peft import LoRA
-
 from qlora_core.errors import ConfigError
 from qlora_core.providers import CallbackFactory, Kernels, Provider, ProviderOptions, Quantizer
 from qlora_core.registry import KINDS, Provided, Registry
+from qlora_peft import LoRA
 
 ALL = [found for kind in KINDS for found in Registry().provided(kind) if found.plugin.distribution == "qlora-core"]
 every_provider = pytest.mark.parametrize("found", ALL, ids=lambda found: f"{found.kind}-{found.provider.name}")

@@ -191,7 +191,10 @@ BROKEN = {
         HEAD + "class A(CallbackFactory):\n    def build(self, run): pass\n@hookimpl\ndef qlora_callbacks(): return [A]",
         'qlora_callbacks: A has no name; set `name = "..."`, what users write',
     ),
-    "hook_raises": (HEAD + "@hookimpl\ndef qlora_callbacks(): return 1 / 0", "qlora_callbacks: ZeroDivisionError: division by zero"),
+    "hook_raises": (
+        HEAD + "@hookimpl\ndef qlora_callbacks(): return 1 / 0",
+        "qlora_callbacks: ZeroDivisionError: division by zero",
+    ),
     "hook_exits": (HEAD + "@hookimpl\ndef qlora_callbacks(): raise SystemExit(3)", "qlora_callbacks: SystemExit: 3"),
 }
 
@@ -313,7 +316,9 @@ def test_providers_come_in_the_order_of_their_names() -> None:
 
 
 def test_every_hook_is_called_only_once(write_module: Write) -> None:
-    name = write_module("counting", "calls = []\n" + textwrap.dedent(CALLBACK).replace("return [Bell]", "calls.append(1); return [Bell]"))
+    name = write_module(
+        "counting", "calls = []\n" + textwrap.dedent(CALLBACK).replace("return [Bell]", "calls.append(1); return [Bell]")
+    )
     registry = Registry(modules=[name])
     assert registry.find("callback", "bell").provider is registry.find("callback", "bell").provider
     assert registry.plugins == registry.plugins

@@ -37,6 +37,12 @@ def save_checkpoint(run: Run, step: int) -> Path:
     return run.checkpoint(step)
 
 
+def save_half(run: Run, step: int, error: BaseException) -> None:
+    with run.writing_checkpoint(step) as folder:
+        (folder / "state").write_text("half")
+        raise error
+
+
 # The folder
 
 
@@ -116,9 +122,7 @@ def test_opening_a_finished_run_reads_its_configuration(created: Run) -> None:
 def test_opening_what_is_no_run_says_what_is_missing(created: Run) -> None:
     with pytest.raises(RunError) as caught:
         Run.open(created.folder)
-    assert str(caught.value) == (
-        f"{created.folder}: no run, config.yaml is missing; name a folder that `qlora train` wrote"
-    )
+    assert str(caught.value) == (f"{created.folder}: no run, config.yaml is missing; name a folder that `qlora train` wrote")
 
 
 def test_opening_an_unfinished_run_says_how_to_finish_it(created: Run) -> None:
@@ -156,17 +160,15 @@ def test_a_checkpoint_counts_only_once_it_is_complete(created: Run) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("no luck"), KeyboardInterrupt()])
 def test_a_checkpoint_that_fails_half_way_leaves_nothing(created: Run, error: BaseException) -> None:
-    with pytest.raises(type(error)), created.writing_checkpoint(5) as folder:
-        (folder / "state").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        save_half(created, 5, error)
     assert contents(created.folder) == {"checkpoints": b""}
 
 
 def test_a_checkpoint_that_fails_leaves_the_old_one_of_that_step(created: Run) -> None:
     save_checkpoint(created, 5)
-    with pytest.raises(RuntimeError), created.writing_checkpoint(5) as folder:
-        (folder / "state").write_text("half")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        save_half(created, 5, RuntimeError())
     assert contents(created.checkpoint(5)) == {"state": b"5"}
 
 
@@ -275,8 +277,7 @@ def test_a_full_disk_says_what_was_saved_and_how_to_go_on(created: Run, code: in
     with pytest.raises(RunError) as caught, created.storing():
         raise OSError(code, os.strerror(code))
     assert str(caught.value) == (
-        f"output: {created.folder} can't be written: {reason}; nothing was saved yet; "
-        "free some space and resume with --resume"
+        f"output: {created.folder} can't be written: {reason}; nothing was saved yet; free some space and resume with --resume"
     )
     last = save_checkpoint(created, 7)
     with pytest.raises(RunError) as caught, created.storing():
@@ -308,9 +309,8 @@ def test_any_other_error_stays_what_it_is(created: Run, error: Exception) -> Non
 
 def test_a_disk_that_fills_up_within_a_checkpoint_leaves_the_earlier_one(created: Run) -> None:
     save_checkpoint(created, 1)
-    with pytest.raises(RunError) as caught, created.writing_checkpoint(2) as folder:
-        (folder / "state").write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(RunError) as caught:
+        save_half(created, 2, OSError(errno.ENOSPC, "No space left on device"))
     assert f"the last checkpoint is {created.checkpoint(1)}" in str(caught.value)
     assert contents(created.folder / "checkpoints") == {"step-1": b"", "step-1/state": b"1"}
 

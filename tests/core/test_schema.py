@@ -128,7 +128,10 @@ def test_the_starter_file_names_what_else_is_installed(starter: Path) -> None:
     assert "# how the frozen base model is stored; installed: fp4, int8, nf4, none" in text
 
 
-@pytest.mark.parametrize("word", ["123", "1e5", "true", "null", "no", "a: b", "# x", "2020-01-01", "été", "🦙", ".", "-x", "../a b", "C:\\texts", "~"])
+@pytest.mark.parametrize(
+    "word",
+    ["123", "1e5", "true", "null", "no", "a: b", "# x", "2020-01-01", "été", "🦙", ".", "-x", "../a b", "C:\\texts", "~"],
+)
 def test_the_starter_file_quotes_what_yaml_would_read_as_something_else(word: str) -> None:
     data, _ = yaml_file.parse(starter_config(Registry(), model=word, data=word, output=word), "run.yaml")
     assert (data["model"], data["dataset"]["path"], data["output"]) == (word, word, word)
@@ -157,7 +160,16 @@ def test_types_read_as_people_say_them(annotation: Any, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("default", "text"),
-    [(16, "16"), (32.0, "32.0"), (True, "true"), (None, "null"), ("all-linear", "all-linear"), ("\n", '"\\n"'), ((), "[]"), ({}, "{}")],
+    [
+        (16, "16"),
+        (32.0, "32.0"),
+        (True, "true"),
+        (None, "null"),
+        ("all-linear", "all-linear"),
+        ("\n", '"\\n"'),
+        ((), "[]"),
+        ({}, "{}"),
+    ],
 )
 def test_defaults_read_as_they_would_be_written(default: Any, text: str) -> None:
     assert default_text(FieldInfo(default=default)) == text

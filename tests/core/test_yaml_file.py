@@ -48,7 +48,9 @@ def test_values_are_read_as_everybody_expects(text: str, value: Any) -> None:
     assert yaml_file.parse(f"key: {text}", "run.yaml")[0] == {"key": value}
 
 
-@pytest.mark.parametrize("text", ["[", "a: b: c", "2020-13-45", "!!timestamp x", "!!bool x", "!!int x", "!unknown x", "'x", "*a"])
+@pytest.mark.parametrize(
+    "text", ["[", "a: b: c", "2020-13-45", "!!timestamp x", "!!bool x", "!!int x", "!unknown x", "'x", "*a"]
+)
 def test_a_value_that_is_no_yaml_stays_the_text_that_it_is(text: str) -> None:
     assert yaml_file.scalar(text) == text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,6 @@ def docs_model(tmp_path_factory: pytest.TempPathFactory, docs_text: str) -> Path
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     transformers.set_seed(0)
-    torch.set_num_threads(1)  # for tensors this small, a second thread on a busy machine only costs
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -72,11 +70,11 @@ def docs_model(tmp_path_factory: pytest.TempPathFactory, docs_text: str) -> Path
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, docs_text: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def workplace(tmp_path: Path, docs_text: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with corpus.txt, held-out.txt and stories.jsonl in it, and nothing else."""
     (tmp_path / "corpus.txt").write_text(docs_text[:30_000], encoding="utf-8")
     (tmp_path / "held-out.txt").write_text(docs_text[30_000:], encoding="utf-8")
     stories = [json.dumps({"text": part}) for part in docs_text[:30_000].split("\n\n")]
     (tmp_path / "stories.jsonl").write_text("\n".join(stories), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path

@@ -4,13 +4,16 @@ How a page is read:
 - a fenced block with `title="NAME"` is a file: it is written, and Python is imported from it;
 - other `python` blocks of a page share their names, like the cells of a notebook;
 - other `yaml` blocks are whole configurations, or parts of one that are completed with a model and a dataset;
-- every line of a `bash` block is a command: `qlora ...` is run, those in NOT_RUN are too long or install something.
+- every line of a `bash` block is a command: `qlora ...` is run, those in NOT_RUN are too long or install something;
+  a command that is refused says so, `# exits with 2`, and a `text` block after it shows the message, word for word.
 A block is left out only by `<!-- not run: reason -->` right before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import re
 import shlex
@@ -28,7 +31,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
-    r"(?P<optout><!-- not run: [^>]+ -->\s*)?^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
+    r"(?P<optout><!-- not run: [^>]+ -->\s*)?"
+    r"^(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
 NOT_RUN = ("make ", "pip install ", "python -m pip ", "qlora demo", "git clone ", "cd ", "torchrun ", "python examples/")
@@ -82,6 +86,8 @@ def test_snippets_of_a_page_run(page: Path, workplace: Path, docs_model: Path, o
     sys.path.insert(0, str(workplace))
     names: dict[str, Any] = {"__name__": "snippet"}
     for snippet in snippets(page):
+        if snippet.language == "text" and snippet.code.startswith("error: "):
+            assert snippet.code == names.pop("stderr"), f"{name_of(page)}:{snippet.line}"
         if snippet.opted_out or snippet.language in UNCHECKED:
             continue
         run = RUNNERS.get(snippet.language)
@@ -130,13 +136,15 @@ def run_bash(snippet: Snippet, code: str, names: dict[str, Any], where: str, mod
         command, _, comment = line.partition("  #")
         if not command.strip() or command.lstrip().startswith("#") or command.startswith(NOT_RUN):
             continue
-        command, redirect, target = command.partition(" > ")
-        words = shlex.split(command)
+        words = shlex.split(command.partition(" > ")[0])
         assert words[0] == "qlora", f"{where}: {command!r} is not run; add it to NOT_RUN or leave it out"
         expected = re.search(r"exits with (\d+)", comment)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        stderr = io.StringIO()
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings(), contextlib.redirect_stderr(stderr):
             main(words[1:])
+        names["stderr"] = stderr.getvalue()
+        print(stderr.getvalue(), end="", file=sys.stderr)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         code_number = ended.value.code or 0
