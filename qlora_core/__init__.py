@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, resolve
+    from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
     from qlora_core.data.encode import Encoded, encode, encode_split
     from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, QLoRAError, RunError
     from qlora_core.evaluation import evaluate
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qlora_core.generation import generate
     from qlora_core.hooks import hookimpl
     from qlora_core.model import build_skeleton, inject_adapter, load_model, load_tokenizer
+    from qlora_core.parts import Parts, resolve
     from qlora_core.pipeline import Finished, execute, finetune, train
     from qlora_core.providers import (
         Adapter,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "config": ("DataConfig", "ModelConfig", "Parts", "RunConfig", "TokensConfig", "TrainingConfig", "resolve"),
+    "config": ("DataConfig", "ModelConfig", "RunConfig", "TokensConfig", "TrainingConfig"),
     "data.encode": ("Encoded", "encode", "encode_split"),
     "errors": ("ConfigError", "DataError", "ModelError", "PluginError", "QLoRAError", "RunError"),
     "evaluation": ("evaluate",),
@@ -41,6 +42,7 @@ _HOMES = {
     "generation": ("generate",),
     "hooks": ("hookimpl",),
     "model": ("build_skeleton", "inject_adapter", "load_model", "load_tokenizer"),
+    "parts": ("Parts", "resolve"),
     "pipeline": ("Finished", "execute", "finetune", "train"),
     "providers": ("Adapter", "CallbackFactory", "DatasetSource", "Kernels", "Provider", "ProviderOptions", "Quantizer"),
     "registry": ("Registry",),

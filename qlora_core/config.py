@@ -1,31 +1,25 @@
-"""The configuration of a run: its sections, reading it, overriding it, and picking the parts it names.
+"""The configuration of a run: its sections, reading it and overriding it. What it names is picked in `parts`.
 
 Validation has three stages. First the sections below validate, with each provider as `{name, options}`; then each
-provider validates its own options (`resolve`); both before torch is imported. Options that belong to another library
-are checked last (`Parts.check_libraries`), still before a model is loaded.
+provider validates its own options (`parts.resolve`); both before torch is imported. Options that belong to another
+library are checked last (`Parts.check_libraries`), still before a model is loaded.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import to_jsonable_python
 
 from qlora_core import yaml_file
-from qlora_core.errors import ConfigError, PluginError, Problem
-from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
-from qlora_core.registry import Registry
-from qlora_core.validation import did_you_mean, validate
+from qlora_core.errors import ConfigError
+from qlora_core.validation import validate
 
-if TYPE_CHECKING:
-    import transformers
-
-__all__ = ["DataConfig", "ModelConfig", "Parts", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig", "resolve"]
+__all__ = ["DataConfig", "ModelConfig", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig"]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -205,119 +199,11 @@ class RunConfig(Section):
         try:
             return cls.parse(data, overrides)
         except ConfigError as error:
-            raise error.located(str(path), lines) from None
+            raise error.located(str(path), lines, overrides) from None
 
     def to_yaml(self) -> str:
         """Return the configuration as YAML that `RunConfig.read` reads back."""
         return yaml_file.dump(self.model_dump(mode="json"))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The providers of one run."""
-
-    quantizer: Quantizer
-    adapter: Adapter
-    dataset: DatasetSource
-    kernels: tuple[Kernels, ...] = ()
-    """The candidates: the one that suits the device best is applied, none where none suits."""
-    callbacks: tuple[CallbackFactory, ...] = ()
-
-    def located(self) -> Iterator[tuple[tuple[str | int, ...], Provider]]:
-        """Yield each provider with its place in the configuration."""
-        yield ("quantizer",), self.quantizer
-        yield ("adapter",), self.adapter
-        yield ("dataset",), self.dataset
-        for kernels in self.kernels:
-            yield ("kernels",), kernels
-        for index, callback in enumerate(self.callbacks):
-            yield ("callbacks", index), callback
-
-    def check(self, config: RunConfig) -> None:
-        """Let each provider refuse the run; raise ConfigError with all refusals. Second stage, imports nothing heavy."""
-        problems: list[Problem] = []
-        if config.tokens.add and not self.adapter.trains_new_tokens:
-            problems.append(Problem(("tokens", "add"), f"the adapter {self.adapter.name!r} can't train new tokens; use lora"))
-        for where, provider in self.located():
-            try:
-                provider.check(config, self)
-            except ConfigError as error:
-                problems += error.under(*where).problems
-        if problems:
-            raise ConfigError(problems)
-
-    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
-        """Let the adapter refuse the model, known by its *skeleton* on the meta device; raise ConfigError."""
-        try:
-            self.adapter.check_model(skeleton)
-        except ConfigError as error:
-            raise error.under("adapter") from None
-
-    def check_libraries(self) -> None:
-        """Let each provider check options that it passes on to a library. Third stage, may import that library."""
-        for where, provider in self.located():
-            try:
-                provider.check_libraries()
-            except ConfigError as error:
-                raise error.under(*where) from None
-
-
-def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
-    """Return *config* with every provider qualified and its options filled in, and the providers themselves.
-
-    Raises ConfigError listing the problems of all sections: unknown providers and options, and what does not go together.
-    """
-    problems: list[Problem] = []
-    by_name = {plugin.name: plugin for plugin in registry.plugins}
-    for index, module in enumerate(config.plugins):
-        if module in by_name and by_name[module].failure:
-            problems.append(Problem(("plugins", index), f"{module!r} can't be used: {by_name[module].failure}"))
-    for index, name in enumerate(config.disable_plugins):
-        if name not in by_name:
-            problems.append(Problem(("disable_plugins", index), f"no plugin {name!r}{did_you_mean(name, by_name)}"))
-
-    def build(kind: str, choice: ProviderConfig, *where: str | int) -> tuple[ProviderConfig, Any]:
-        try:
-            found = registry.find(kind, choice.name)
-            provider = found.provider(**choice.provider_options)
-        except PluginError as error:
-            problems.append(Problem(where, str(error)))
-        except ConfigError as error:
-            problems.extend(error.under(*where).problems)
-        else:
-            return described(provider, found.qualified), provider
-        return choice, None
-
-    quantizer = build("quantizer", config.quantizer, "quantizer")
-    adapter = build("adapter", config.adapter, "adapter")
-    dataset = build("dataset", config.dataset, "dataset")
-    kernels: tuple[ProviderConfig, tuple[Any, ...]]
-    if config.kernels.name == "auto":
-        for option in config.kernels.provider_options:
-            problems.append(Problem(("kernels", option), "unknown option; auto accepts no options"))
-        kernels = config.kernels, tuple(found.provider() for found in registry.provided("kernels"))
-    else:
-        choice, chosen = build("kernels", config.kernels, "kernels")
-        kernels = choice, (chosen,)
-    callbacks = [build("callback", choice, "callbacks", index) for index, choice in enumerate(config.callbacks)]
-    if problems:
-        raise ConfigError(problems)
-    parts = Parts(quantizer[1], adapter[1], dataset[1], kernels[1], tuple(factory for _, factory in callbacks))
-    resolved = config.model_copy(
-        update={
-            "quantizer": quantizer[0],
-            "adapter": adapter[0],
-            "dataset": dataset[0],
-            "kernels": kernels[0],
-            "callbacks": tuple(choice for choice, _ in callbacks),
-        }
-    )
-    return resolved, parts
-
-
-def described(provider: Provider, name: str) -> ProviderConfig:
-    """Return the configuration that makes *provider* again, under *name*, its defaults filled in."""
-    return ProviderConfig(name=name, **provider.options.model_dump(mode="json"))
 
 
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 __all__ = ["ConfigError", "DataError", "ModelError", "PluginError", "Problem", "QLoRAError", "RunError"]
@@ -40,14 +40,20 @@ class ConfigError(QLoRAError, ValueError):
         """Return the same error with every location re-prefixed by *where*."""
         return ConfigError(replace(p, where=(*where, *p.where)) for p in self.problems)
 
-    def located(self, name: str, lines: Mapping[Path, int]) -> ConfigError:
-        """Return the same error with `name:line` before each problem whose key stands in *lines*."""
+    def located(self, name: str, lines: Mapping[Path, int], overrides: Sequence[str] = ()) -> ConfigError:
+        """Return the same error with `name:line` before each problem whose key stands in *lines*.
+
+        A problem at or below the key of one of *overrides* (`key.path=value`) gets that override instead.
+        """
+        keys = {tuple(override.partition("=")[0].strip().split(".")): f"--set {override}" for override in overrides}
         located = []
         for problem in self.problems:
+            path = tuple(str(part) for part in problem.where)
+            source = next((text for key, text in keys.items() if path[: len(key)] == key), "")
             at = problem.where
             while at and at not in lines:  # a missing key is reported at its parent
                 at = at[:-1]
-            located.append(replace(problem, source=f"{name}:{lines[at]}") if at in lines else problem)
+            located.append(replace(problem, source=source or (f"{name}:{lines[at]}" if at in lines else "")))
         return ConfigError(located)
 
 

@@ -183,7 +183,7 @@ def _check_folder(path: str, *files: str) -> None:
         raise ModelError(f"model.path: {path!r} is a file; name the folder that holds config.json")
     if folder.is_dir():
         if not any((folder / name).is_file() for name in files):
-            raise ModelError(f"model.path: {path!r} is no model: it has no {files[0]}")
+            raise ModelError(f"model.path: {path!r} is no model: it has no {files[0]}; name one that save_pretrained wrote")
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path: no folder {path!r}; name a model folder or a hub id such as owner/name")
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_core.config import DataConfig, ModelConfig, Parts, RunConfig, TokensConfig, TrainingConfig, described
+from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
 from qlora_core.errors import DataError, ModelError, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
+from qlora_core.parts import Parts, described
 from qlora_core.provenance import plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
 from qlora_core.run import Run

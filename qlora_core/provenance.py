@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from qlora_core.config import ModelConfig, Parts
+from qlora_core.config import ModelConfig
 from qlora_core.hooks import PROJECT
+from qlora_core.parts import Parts
 from qlora_core.providers import Provider
 from qlora_core.registry import module_of
 
@@ -70,11 +71,14 @@ def provenance(
 
 
 def describe_provider(provider: Provider) -> dict[str, str]:
-    """Return the `provider` as plugin:name, and the distribution, version and class that it comes from."""
+    """Return the `provider` as plugin:name, and the distribution, version and class that it comes from.
+
+    The plugin of a class that no entry point lists is its module.
+    """
     plugin, distribution, number = plugin_of(type(provider))
     kind = type(provider)
     return {
-        "provider": f"{plugin}:{provider.name}" if plugin else provider.name,
+        "provider": f"{plugin or kind.__module__}:{provider.name}",
         "distribution": distribution,
         "version": number,
         "class": f"{kind.__module__}.{kind.__qualname__}",

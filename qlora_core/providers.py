@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from qlora_core.config import Parts, RunConfig
+    from qlora_core.config import RunConfig
+    from qlora_core.parts import Parts
     from qlora_core.run import Run
 
 __all__ = ["Adapter", "CallbackFactory", "DatasetSource", "Kernels", "Provider", "ProviderOptions", "Quantizer"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -125,14 +124,14 @@ class Registry:
             )
         elif not blocked:
             try:
-                self._register(name, importlib.import_module(plugin.module))
+                self._register(name, entry.load())
             except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
                 plugin = replace(plugin, failure=_reason(error))
         self._plugins[name] = plugin
 
     def _register(self, name: str, module: Any) -> None:
         if self._manager.has_plugin(name) or self._manager.is_registered(module):
-            raise PluginError(f"{module.__name__} is registered already under another name")
+            raise PluginError(f"{getattr(module, '__name__', name)} is registered already under another name")
         try:
             self._manager.register(module, name)
             self._manager.check_pending()  # a marked function that no specification knows
@@ -143,7 +142,9 @@ class Registry:
         if not self._manager.get_hookcallers(module):
             self._manager.unregister(module)
             hooks = ", ".join(hook_name(kind) for kind in KINDS)
-            raise PluginError(f"{module.__name__} implements no hook; mark one of {hooks} with qlora_core.hookimpl")
+            raise PluginError(
+                f"{getattr(module, '__name__', name)} implements no hook; mark one of {hooks} with qlora_core.hookimpl"
+            )
 
     def _call(self, kind: str) -> Iterator[Provided]:
         caller = getattr(self._manager.hook, hook_name(kind))
@@ -163,6 +164,8 @@ class Registry:
                 raise PluginError(f"must return {expected.__name__} classes (got {provider!r})")
             if not isinstance(getattr(provider, "name", None), str):
                 raise PluginError(f'{provider.__name__} has no name; set `name = "..."`, what users write')
+            if "name" in provider.Options.model_fields:
+                raise PluginError(f"{provider.__name__} has an option called name, which is the provider's own; rename it")
             if inspect.isabstract(provider):
                 missing = ", ".join(sorted(provider.__abstractmethods__))
                 raise PluginError(f"{provider.__name__} does not implement {missing}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -86,8 +87,11 @@ class Run:
         """Write *text* to the file *name*, whole or not at all."""
         with self.storing():
             partial = self.folder / f".{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(self.folder / name)
+            try:
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def write_adapter(self, save: Any) -> None:
         """Let *save*, a function of a folder, write adapter/, whole or not at all."""
@@ -97,8 +101,9 @@ class Run:
     # Metrics
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add *line* to metrics.jsonl, known keys first."""
-        ordered = {key: line[key] for key in (*KEYS, *line) if key in line}
+        """Add *line* to metrics.jsonl, known keys first. JSON has no NaN and no infinity; they become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        ordered = {key: finite[key] for key in (*KEYS, *line) if key in line}
         with self.storing(), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(ordered) + "\n")
 

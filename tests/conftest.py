@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="qlora-test-datasets-"))  # not the user's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are quicker so, and other processes don't slow them down
 
 VOCABULARY, EMBEDDINGS = 384, 416  # real models, too, have more embeddings than their tokenizer has tokens

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from qlora_core.config import Parts, RunConfig
+from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
+from qlora_core.parts import Parts
 from qlora_core.providers import Adapter, ProviderOptions
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_core.config import Parts, RunConfig
+from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError
 from qlora_core.hooks import hookimpl
+from qlora_core.parts import Parts
 from qlora_core.providers import Adapter, Kernels, Quantizer
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from qlora_core.config import Parts, RunConfig
+from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
+from qlora_core.parts import Parts
 from qlora_core.providers import DatasetSource, ProviderOptions
 
 if TYPE_CHECKING:

@@ -10,19 +10,21 @@ import typer
 
 from qlora_core.cli.options import Json, Quiet, Verbose, make_registry, say_on_stderr, stdout
 from qlora_core.cli.train import run
-from qlora_core.config import RunConfig, resolve
+from qlora_core.config import RunConfig
+from qlora_core.parts import resolve
 
 if TYPE_CHECKING:
     import transformers
 
 __all__ = ["demo"]
 
+OUTPUT = "runs/demo"
 PROMPT = "The import statement"
 SAMPLE_TOKENS = 48
 
 
 def demo(
-    output: Annotated[str, typer.Option(help="The run's folder; an earlier demo in it is replaced.")] = "runs/demo",
+    output: Annotated[str, typer.Option(help="The run's folder; by default an earlier demo is replaced.")] = OUTPUT,
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps of 1,024 tokens.")] = 36,
     model: Annotated[str | None, typer.Option(help="Another model than SmolLM2-135M-Instruct: a folder or a hub id.")] = None,
     as_json: Json = False,
@@ -46,10 +48,12 @@ def demo(
     resolved, parts = resolve(_configuration(source.path, demo_text(), output, steps), make_registry())
     console = stdout()
     if not as_json:
-        console.print(f"[bold]Model[/bold] {source.path}\nfrom {source.origin}\nfingerprint {source.fingerprint}\n")
-        console.print(f"[bold]Configuration[/bold]\n{resolved.to_yaml()}", markup=True)
+        console.print("Model", style="bold")
+        console.print(f"{source.path}\nfrom {source.origin}\nfingerprint {source.fingerprint}\n", markup=False)
+        console.print("Configuration", style="bold")
+        console.print(resolved.to_yaml(), markup=False)
     samples = _samples()
-    finished = run(resolved, parts, plain_callbacks=[samples], overwrite=True, quiet=quiet or as_json)
+    finished = run(resolved, parts, plain_callbacks=[samples], overwrite=output == OUTPUT, quiet=quiet or as_json)
     lines = [line for line in finished.run.read_metrics() if "eval_loss" in line]
     before, after = lines[0], lines[-1]
     report = {
@@ -136,5 +140,6 @@ def _show(console: Any, report: dict[str, Any]) -> None:
         console.print(Panel(text, title=f"{when}: the same prompt, greedy", title_align="left", width=min(console.width, 100)))
     console.print(
         f"{report['training_seconds']:.0f} s of training; {report['tokens_scored']:,} held-out tokens scored. "
-        f'The run is in {report["run"]}; go on with:\n  qlora generate {report["run"]} "{PROMPT}"'
+        f'The run is in {report["run"]}; go on with:\n  qlora generate {report["run"]} "{PROMPT}"',
+        markup=False,
     )

@@ -9,7 +9,9 @@ import typer
 
 from qlora_core.cli.generate import load_run
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.config import ProviderConfig
 from qlora_core.errors import DataError
+from qlora_core.parts import build
 
 __all__ = ["evaluate"]
 
@@ -31,17 +33,18 @@ def evaluate(
       qlora eval runs/corpus --data held-out.txt
     """
     say_on_stderr(quiet=quiet, verbose=verbose)
-    text = make_registry(modules, disable).find("dataset", "text").provider(path=data)
-    run, parts, model, tokenizer = load_run(source, modules, disable)
+    chosen = ProviderConfig(name="text", path=data)
+    _, text = build(make_registry(modules, disable), "dataset", chosen, "--data")
+    run, adapter, model, tokenizer = load_run(source, modules, disable)
     from qlora_core.data.encode import encode_split
     from qlora_core.evaluation import evaluate as score
 
-    blocks = encode_split(text, "train", tokenizer, run.config.data, keep_rest=True)  # type: ignore[arg-type]
+    blocks = encode_split(text, "train", tokenizer, run.config.data, keep_rest=True)
     if blocks is None:
         raise DataError(f"--data {data}: no text")
     precision = run.config.training.mixed_precision
     base = score(model, blocks, batch_size=batch_size, mixed_precision=precision)
-    adapted = score(parts.adapter.load(model, run.adapter), blocks, batch_size=batch_size, mixed_precision=precision)
+    adapted = score(adapter.load(model, run.adapter), blocks, batch_size=batch_size, mixed_precision=precision)
     rows = {"base": base, "adapted": adapted}
     if as_json:
         report = {n: {"loss": s.loss, "perplexity": s.perplexity, "tokens": s.tokens} for n, s in rows.items()}

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Verbose, make_registry, say_on_stderr
-from qlora_core.config import ModelConfig, resolve
+from qlora_core.config import ModelConfig, ProviderConfig
 from qlora_core.errors import ConfigError
+from qlora_core.parts import build
 
-__all__ = ["generate", "load_run"]
+if TYPE_CHECKING:
+    import transformers
+
+    from qlora_core.providers import Adapter
+    from qlora_core.run import Run
+
+__all__ = ["LoadedRun", "generate", "load_run"]
 
 
 def generate(
@@ -67,17 +74,27 @@ def generate(
     sys.stdout.flush()
 
 
-def load_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> tuple[Any, Any, Any, Any]:
-    """Return the run in *folder*, its parts, its base model without the adapter, and its tokenizer."""
+class LoadedRun(NamedTuple):
+    """A finished run with its base model, to which `adapter.load(base, run.adapter)` adds the adapter."""
+
+    run: Run
+    adapter: Adapter
+    base: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+
+def load_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> LoadedRun:
+    """Return the run in *folder*; its dataset and callbacks need not be installed."""
     from qlora_core.model import load_model, load_tokenizer
     from qlora_core.run import Run
 
     run = Run.open(folder)
     config = run.config
     registry = make_registry([*config.plugins, *(modules or [])], [*config.disable_plugins, *(disable or [])])
-    _, parts = resolve(config, registry)
+    _, quantizer = build(registry, "quantizer", config.quantizer, "quantizer")
+    _, adapter = build(registry, "adapter", config.adapter, "adapter")
     tokenizer = load_tokenizer(ModelConfig(path=str(run.adapter), trust_remote_code=config.model.trust_remote_code))
-    return run, parts, load_model(config.model, parts.quantizer, tokenizer=tokenizer), tokenizer
+    return LoadedRun(run, adapter, load_model(config.model, quantizer, tokenizer=tokenizer), tokenizer)
 
 
 def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None) -> tuple[Any, Any]:
@@ -85,8 +102,8 @@ def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[
     from qlora_core.run import Run
 
     if Run.holds_a_run(Path(source)):
-        run, parts, base, tokenizer = load_run(source, modules, disable)
-        return parts.adapter.load(base, run.adapter), tokenizer
+        loaded = load_run(source, modules, disable)
+        return loaded.adapter.load(loaded.base, loaded.run.adapter), loaded.tokenizer
     model = ModelConfig(path=source)
-    stored = make_registry(modules, disable).find("quantizer", quantizer).provider()
-    return load_model(model, stored), load_tokenizer(model)  # type: ignore[arg-type]
+    _, stored = build(make_registry(modules, disable), "quantizer", ProviderConfig(name=quantizer), "--quantizer")
+    return load_model(model, stored), load_tokenizer(model)

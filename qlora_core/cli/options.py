@@ -18,7 +18,7 @@ from qlora_core.registry import Registry
 __all__ = ["Disable", "Json", "Modules", "Quiet", "Set", "Verbose", "make_registry", "say_on_stderr", "stdout"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, the libraries' warnings included.")]
 Set = Annotated[
     list[str] | None,

@@ -11,8 +11,9 @@ import typer
 
 from qlora_core import yaml_file
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Verbose, make_registry, say_on_stderr, stdout
-from qlora_core.config import Parts, RunConfig, resolve
+from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError, QLoRAError
+from qlora_core.parts import Parts, resolve
 
 if TYPE_CHECKING:
     from qlora_core.pipeline import Finished
@@ -122,4 +123,4 @@ def read_config(
         settings = RunConfig.parse(raw, overrides or ())
         return resolve(settings, make_registry(settings.plugins, settings.disable_plugins))
     except ConfigError as error:
-        raise error.located(str(path), lines) from None
+        raise error.located(str(path), lines, overrides or ()) from None

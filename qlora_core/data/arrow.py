@@ -12,6 +12,8 @@ from qlora_core.errors import QLoRAError
 
 __all__ = ["cached_dataset"]
 
+FORMAT = 1  # raise it when the same key would give other rows than before
+
 
 def cached_dataset(
     generator: Callable[..., Iterator[dict[str, Any]]], features: dict[str, Any], key: str, **arguments: Any
@@ -27,7 +29,7 @@ def cached_dataset(
             generator,
             features=columns,
             gen_kwargs=arguments,
-            fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
+            fingerprint=hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32],
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, QLoRAError):

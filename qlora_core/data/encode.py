@@ -57,9 +57,10 @@ def encode(source: DatasetSource, tokenizer: transformers.PreTrainedTokenizerBas
     if evaluation is None and data.eval_fraction > 0:
         held_out = max(1, round(len(train) * data.eval_fraction))
         if held_out >= len(train):
+            blocks = f"{len(train)} block{'s' if len(train) > 1 else ''} of {data.sequence_length} tokens"
             raise DataError(
-                f"data.eval_fraction: the data gives {len(train)} block of {data.sequence_length} tokens, too few to hold any "
-                f"out; set data.eval_fraction=0, a smaller data.sequence_length, or add data"
+                f"data.eval_fraction: the data gives {blocks}, too few to hold any out; "
+                "set data.eval_fraction=0, a smaller data.sequence_length, or add data"
             )
         evaluation = train.select(range(len(train) - held_out, len(train)))
         train = train.select(range(len(train) - held_out))

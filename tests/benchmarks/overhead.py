@@ -19,6 +19,8 @@ from typing import Any
 
 import datasets
 import transformers
+from transformers.trainer_callback import PrinterCallback
+
 from qlora_bitsandbytes import NF4
 from qlora_core import RunConfig, inject_adapter, load_model, load_tokenizer
 from qlora_core.data.collate import Collator
@@ -29,7 +31,6 @@ from qlora_core.run import Run
 from qlora_core.training.arguments import training_arguments
 from qlora_core.training.trainer import QLoRATrainer
 from qlora_peft import LoRA
-from transformers.trainer_callback import PrinterCallback
 
 
 class StepClock(transformers.TrainerCallback):

@@ -342,7 +342,9 @@ def test_generating_from_nothing(refuse: Refuse, here: Path, tiny_model: Path) -
         "model.path: no folder './none'; name a model folder or a hub id such as owner/name"
     )
     assert refuse("generate", tiny_model, "") == "the prompt is empty; write some text to go on from"
-    assert refuse("generate", tiny_model, "x", "--quantizer", "nf5").startswith("unknown quantizer 'nf5'; did you mean 'nf4'?")
+    assert refuse("generate", tiny_model, "x", "--quantizer", "nf5").startswith(
+        "--quantizer: unknown quantizer 'nf5'; did you mean 'nf4'?"
+    )
     (here / "unfinished").mkdir()
     (here / "unfinished" / "config.yaml").write_text("model: m\ndataset: text\n")
     assert refuse("generate", here / "unfinished", "x") == (

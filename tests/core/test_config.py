@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from qlora_core.config import Parts, RunConfig, resolve
+from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError
+from qlora_core.parts import Parts, resolve
 from qlora_core.registry import Registry
 
 MINIMAL: dict[str, Any] = {"model": "some/model", "dataset": {"name": "text", "path": "corpus.txt"}}

@@ -13,7 +13,8 @@ import pytest
 from qlora_bitsandbytes import NF4
 from qlora_console import Progress
 from qlora_core import provenance as module
-from qlora_core.config import ModelConfig, Parts
+from qlora_core.config import ModelConfig
+from qlora_core.parts import Parts
 from qlora_core.provenance import describe_provider, fingerprint_model, package_versions, plugin_of, provenance
 from qlora_core.registry import Registry
 from qlora_peft import LoRA
@@ -52,11 +53,11 @@ def test_a_provider_of_another_distribution_is_recorded_as_its_own(install: Call
     }
 
 
-def test_a_class_that_no_plugin_lists_has_a_name_only(write_module: Callable[[str, str], str]) -> None:
+def test_a_class_that_no_plugin_lists_is_named_with_its_module(write_module: Callable[[str, str], str]) -> None:
     name = write_module("qlora_text_of_mine", SOURCE)  # begins like the module of a plugin, and is none
     provider = Registry(modules=[name]).find("callback", "bell").provider
     assert plugin_of(provider) == ("", "", "")
-    assert describe_provider(provider())["provider"] == "bell"
+    assert describe_provider(provider())["provider"] == "qlora_text_of_mine:bell"
 
 
 def test_an_installed_plugin_whose_entry_point_names_no_module_is_passed_over(install: Callable[..., None]) -> None:

@@ -11,7 +11,8 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from qlora_core import yaml_file
-from qlora_core.config import RunConfig, resolve
+from qlora_core.config import RunConfig
+from qlora_core.parts import resolve
 from qlora_core.registry import Registry
 from qlora_core.schema import config_schema, default_text, starter_config, type_text
 

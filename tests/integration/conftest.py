@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qlora_bitsandbytes import NF4
 from qlora_core import Finished, finetune
 from qlora_peft import LoRA

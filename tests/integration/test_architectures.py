@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from qlora_bitsandbytes import NF4
 from qlora_core import Finished, Footprint, load_model
 from qlora_core.footprint import LinearWeights

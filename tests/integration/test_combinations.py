@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+
 from qlora_bitsandbytes import FP4, NF4, Int8
 from qlora_core import ConfigError, Finished, Footprint, load_model
 from qlora_peft import LoRA

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qlora_core.cli.main import main
 
 
@@ -44,6 +45,7 @@ def test_eval_shows_base_and_adapted_side_by_side(trained: Path, capsys: Any) ->
 
 def test_eval_agrees_with_a_loss_computed_by_hand(trained: Path, capsys: Any) -> None:
     import torch
+
     from qlora_bitsandbytes import NF4
     from qlora_core import load_model, load_tokenizer
 

@@ -10,6 +10,7 @@ import bitsandbytes.functional
 import pytest
 import torch
 import transformers
+
 from qlora_bitsandbytes import FP4, NF4
 from qlora_core import evaluate, generate, inject_adapter, load_model
 from qlora_core.data.collate import Collator

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from qlora_core.cli.main import main
 from qlora_core.demo_model import WHEEL_SHA256, demo_model, demo_text
 

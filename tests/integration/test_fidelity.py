@@ -11,10 +11,11 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+
 from qlora_bitsandbytes import NF4
 from qlora_core import Finished, ModelConfig, inject_adapter, load_model
 from qlora_peft import LoRA
-from safetensors.torch import load_file
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -148,6 +149,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
 ) -> None:
     """Batch 4 x 1 and 1 x 4 give the same loss and gradients, with different numbers of supervised tokens too."""
     import datasets
+
     from qlora_core.config import RunConfig
     from qlora_core.data.encode import Encoded
     from qlora_core.run import Run

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from qlora_bitsandbytes import NF4
 from qlora_core import Finished, ModelError, load_model, load_tokenizer
 from qlora_peft import LoRA
 from qlora_text import TextFile
-from safetensors.torch import load_file
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -51,5 +52,5 @@ def test_only_the_new_rows_are_trained_and_they_come_back(
 
 
 def test_a_token_that_exists_already_is_refused(run: Callable[..., Finished]) -> None:
-    with pytest.raises(ModelError, match="tokens.add: '<eos>' is in the vocabulary already; leave it out"):
+    with pytest.raises(ModelError, match=r"tokens\.add: '<eos>' is in the vocabulary already; leave it out"):
         run(tokens={"add": ["<eos>"]})

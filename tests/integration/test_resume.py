@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
+
 from qlora_core import Finished, RunError
 from qlora_peft import LoRA
-from safetensors.torch import load_file
 
 CLOCK = ("tokens_per_second", "peak_memory_bytes", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 

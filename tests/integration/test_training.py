@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 import yaml
+
 from qlora_bitsandbytes import NF4
 from qlora_console import EarlyStopping, Integration, Progress
 from qlora_core import ConfigError, DataError, Finished, RunConfig, evaluate

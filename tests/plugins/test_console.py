@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from types import SimpleNamespace
 
-from qlora_console.progress import ProgressDisplay
 from rich.console import Console
+
+from qlora_console.progress import ProgressDisplay
 
 LOGS = {"loss": 2.5, "tokens_per_second": 1234.5, "peak_memory_bytes": 1_500_000_000}
 

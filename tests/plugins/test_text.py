@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qlora_core import ConfigError, DataError
 from qlora_text import TextFile
 from qlora_text.reading import split_documents
