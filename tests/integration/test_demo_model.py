@@ -33,14 +33,10 @@ def test_the_text_is_pythons_own_documentation() -> None:
 
 @pytest.mark.slow
 def test_the_demo_lowers_the_held_out_perplexity(demo_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main(["demo", "--output", str(tmp_path / "demo"), "--steps", "10", "--json"])
-    finally:
-        torch.set_num_threads(1)
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--output", str(tmp_path / "demo"), "--steps", "6", "--json"])
     assert caught.value.code == 0
     report = json.loads(capsys.readouterr().out)
     assert report["perplexity"]["before"] == pytest.approx(12.7, abs=0.6)
-    assert report["perplexity"]["after"] < 0.85 * report["perplexity"]["before"]
+    assert report["perplexity"]["after"] < 0.95 * report["perplexity"]["before"]
     assert report["sample"]["before"] != report["sample"]["after"]
