@@ -17,7 +17,12 @@ def test_two_processes_train_the_adapter_of_one(tiny_model: Path, text_file: Pat
     """Two processes with batches of 2 see the same blocks per step as one with batches of 4."""
 
     def train(name: str, batch: int, *launcher: str) -> Path:
-        settings = ("data.sequence_length=32", "training.max_steps=4", "training.logging_steps=1", "training.learning_rate=1e-2")
+        settings = (
+            "data.sequence_length=32",
+            "training.max_steps=4",
+            "training.logging_steps=1",
+            "training.learning_rate=1e-2",
+        )
         sets = [word for setting in (*settings, f"training.batch_size={batch}") for word in ("--set", setting)]
         sets += ["--set", "model.dtype=float32", "--set", "training.mixed_precision=none"]
         command = ["-m", "qlora_core", "train", "--model", str(tiny_model), "--data", str(text_file)]
