@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from qlora_core.errors import ModelError
 from qlora_core.libraries import import_libraries
 
 if TYPE_CHECKING:
@@ -32,14 +33,35 @@ def generate(
     """
     import_libraries()
     import torch
-    from transformers import TextStreamer
+    from transformers.generation.streamers import BaseStreamer
 
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text is not None and text:
-                on_text(text)
+    class Pieces(BaseStreamer):
+        """Gives *on_text* what each token adds to the decoded whole: a token alone may lose the space before it."""
+
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            self.shown = ""
+
+        def put(self, value: torch.Tensor) -> None:
+            first = not self.ids
+            self.ids += value.flatten().tolist()
+            text = tokenizer.decode(self.ids, skip_special_tokens=True)
+            if first:
+                self.shown = text
+            elif not text.endswith("\ufffd"):  # half of a character
+                self.show(text)
+
+        def end(self) -> None:
+            self.show(tokenizer.decode(self.ids, skip_special_tokens=True))
+
+        def show(self, text: str) -> None:
+            if on_text is not None and len(text) > len(self.shown):
+                on_text(text[len(self.shown) :])
+                self.shown = text
 
     device = next(model.parameters()).device
+    if chat and tokenizer.chat_template is None:
+        raise ModelError("the model has no chat template; leave out --chat")
     if chat:
         turns = [{"role": "user", "content": prompt}]
         encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -58,10 +80,9 @@ def generate(
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                streamer=Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_text else None,
+                streamer=Pieces() if on_text else None,
             )
     finally:
         model.train(mode)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    shown = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))[len(shown) :]

@@ -31,6 +31,7 @@ def import_libraries() -> None:
     hub_kernels = sys.modules.get("transformers.integrations.hub_kernels")
     if hub_kernels is not None:  # imported before us, so the environment came too late
         hub_kernels._kernels_enabled = False  # type: ignore[attr-defined]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns of a cast in every product
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -89,8 +89,8 @@ def load_model(
     from qlora_core.device import pick_device
 
     skeleton = build_skeleton(config) if skeleton is None else skeleton
-    stored = getattr(skeleton.config, "quantization_config", None)
-    if stored is not None and not quantizer.quantizes:
+    arguments = quantizer.load_kwargs(skeleton)
+    if not _stored_alike(skeleton, arguments):
         raise ModelError(f"model.path: {config.path!r} is stored quantised already; name its quantizer, or use the original")
     device = pick_device()
     loaded: tuple[Any, dict[str, Any]]
@@ -101,7 +101,7 @@ def load_model(
             output_loading_info=True,
             **({"device_map": {"": device}} if device.type != "cpu" else {}),
             **_source(config),
-            **quantizer.load_kwargs(skeleton),
+            **arguments,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # cut short, another shape, ...
         raise ModelError(f"model.path: {config.path!r} can't be loaded with {quantizer.name}: {_first(error)}") from error
@@ -153,6 +153,18 @@ def add_tokens(tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     assert isinstance(ids, list)
     return ids
+
+
+def _stored_alike(skeleton: transformers.PreTrainedModel, arguments: dict[str, Any]) -> bool:
+    """Return whether the model is stored plain, or quantised exactly as *arguments* ask: a stored format always wins."""
+
+    def form(config: Any) -> list[str]:
+        content = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
+        keys = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        return [str(getattr(content.get(key), "value", content.get(key))) for key in keys]
+
+    stored = getattr(skeleton.config, "quantization_config", None)
+    return stored is None or form(stored) == form(arguments.get("quantization_config"))
 
 
 def _grow_embeddings(model: transformers.PreTrainedModel, size: int) -> None:

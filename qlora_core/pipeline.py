@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
-from qlora_core.errors import DataError, ModelError, RunError
+from qlora_core.errors import ConfigError, DataError, ModelError, Problem, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
@@ -104,6 +104,8 @@ def execute(
     parts.check(config)
     run.check_folder(overwrite=overwrite, resume=bool(resume))
     start = _checkpoint_to_resume(run, resume)
+    if start is not None and (run.folder / "config.yaml").is_file():
+        run.check_resumable()
     prepared = _prepare(config, parts, run)
     model, kernels = _build(config, parts, prepared)
     _check_space(run, model, config.training)
@@ -119,6 +121,8 @@ def execute(
         run.create()
         run.write("config.yaml", config.to_yaml())
         run.write("provenance.json", json.dumps(record, indent=2) + "\n")
+    elif processes.is_main_process:
+        run.write("config.yaml", config.to_yaml())  # what may differ: how long, how often
     processes.wait_for_everyone()
     callbacks = [*(factory.build(run) for factory in parts.callbacks), *plain_callbacks]
     tokenizer = prepared.tokenizer
@@ -154,6 +158,7 @@ def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
     new_token_ids = add_tokens(tokenizer, config.tokens.add)
     skeleton = build_skeleton(config.model)
     _check_vocabulary(tokenizer, skeleton, new_token_ids)
+    _check_positions(skeleton, config.data)
     parts.check_model(skeleton)
     encoded = encode(parts.dataset, tokenizer, config.data)
     logger.info("%s", _data_line(encoded, config.data))
@@ -206,7 +211,8 @@ def train(
     own = [KeepBest(), stop] if settings.keep == "best" else [stop]
     trainer = QLoRATrainer(model, tokenizer, encoded, arguments, run, [*callbacks, *own])
     if resume_from is not None and trainer.is_world_process_zero():
-        run.truncate_metrics(int(resume_from.name.removeprefix("step-")))
+        load_weights(model, resume_from)  # refuses another adapter, before anything is dropped
+        run.go_back(json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
         logger.info("resuming from %s", resume_from)
     with stop.listening():
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
@@ -254,6 +260,18 @@ def _check_vocabulary(
         raise ModelError(
             f"model.path: the tokenizer has {size} tokens and the model only {rows} embeddings; use the model's own tokenizer"
         )
+
+
+def _check_positions(skeleton: transformers.PreTrainedModel, data: DataConfig) -> None:
+    """Raise ConfigError for blocks longer than a table of learned positions; warn where positions are computed."""
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or data.sequence_length <= limit:
+        return
+    what = f"the model was made for {limit} positions (got {data.sequence_length}); set data.sequence_length to at most {limit}"
+    tables = [m for m in skeleton.modules() if hasattr(m, "num_embeddings") and m is not skeleton.get_input_embeddings()]
+    if any(limit <= table.num_embeddings <= limit + 8 for table in tables):  # OPT's table has two rows more
+        raise ConfigError([Problem(("data", "sequence_length"), what)])
+    logger.warning("data.sequence_length: %s", what)
 
 
 def _check_evaluates(encoded: Encoded, config: RunConfig, parts: Parts) -> None:

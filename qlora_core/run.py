@@ -71,6 +71,8 @@ class Run:
                 f"output: {self.folder} already holds a run; continue it with --resume, replace it with --overwrite, "
                 "or name another folder"
             )
+        if resume and overwrite:
+            raise RunError("--resume goes on with a run and --overwrite replaces it; leave one of them out")
         if resume and not self.holds_a_run(self.folder):
             raise RunError(f"output: {self.folder} holds no run to resume; leave out --resume")
 
@@ -114,8 +116,25 @@ class Run:
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk may have cut the last one short
 
+    def check_resumable(self) -> None:
+        """Raise RunError where the configuration asks for another model or other data than the run began with."""
+        stored = RunConfig.read(self.folder / "config.yaml")
+        for section in ("model", "quantizer", "adapter", "tokens", "dataset", "data"):
+            if getattr(stored, section) != getattr(self.config, section):
+                raise RunError(
+                    f"{section}: the run in {self.folder} began with another {section}; resume it with its own config.yaml, "
+                    "or start anew in another folder"
+                )
+
+    def go_back(self, step: int) -> None:
+        """Drop what came after *step*, metrics and checkpoints: a resumed run writes them again."""
+        for path in self.checkpoints():
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
+        self.truncate_metrics(step)
+
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines after *step*: a resumed run writes them again."""
+        """Drop the lines after *step*."""
         lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
         self.write("metrics.jsonl", "".join(lines))
 

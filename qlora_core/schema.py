@@ -24,6 +24,11 @@ SECTIONS = {
     "callbacks": "callback",
 }
 
+_AUTO: list[dict[str, Any]] = [
+    {"enum": ["auto"]},
+    {"type": "object", "properties": {"name": {"enum": ["auto"]}}, "required": ["name"], "additionalProperties": False},
+]
+
 
 def config_schema(registry: Registry) -> dict[str, Any]:
     """Return the JSON Schema of a configuration file; each provider's options are the installed ones."""
@@ -32,7 +37,7 @@ def config_schema(registry: Registry) -> dict[str, Any]:
     definitions.pop("ProviderConfig", None)
     properties = schema["properties"]
     for section, kind in SECTIONS.items():
-        choices: list[dict[str, Any]] = [{"enum": ["auto"]}] if section == "kernels" else []
+        choices: list[dict[str, Any]] = [*_AUTO] if section == "kernels" else []
         for found in registry.provided(kind):
             options = found.provider.Options.model_json_schema()
             definitions |= options.pop("$defs", {})

@@ -6,7 +6,7 @@ import atexit
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 
@@ -23,13 +23,12 @@ class ProgressDisplay(TrainerCallback):
         if self._quiet or not state.is_world_process_zero or not self._console.is_terminal:
             return
         self._bar = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            expand=True,
             console=self._console,
         )
         self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError, Problem
@@ -45,6 +46,16 @@ class LoRAOptions(ProviderOptions):
     modules_to_save: tuple[str, ...] = Field(
         (), description="modules to train whole and save with the adapter, such as lm_head; costs a full copy each"
     )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _real_pattern(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is no regular expression: {error}") from None
+        return value
 
 
 class LoRA(Adapter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 import os
 from collections.abc import Sequence
@@ -45,6 +44,8 @@ class TextOptions(ProviderOptions):
         """Paths are relative to the working directory; the resolved configuration must not depend on it."""
         if value is None:
             return None
+        if value == "":
+            raise ValueError("the path is empty; name a file, a glob or a folder")
         if isinstance(value, str):
             return os.path.abspath(os.path.expanduser(value))
         if not value:
@@ -55,7 +56,7 @@ class TextOptions(ProviderOptions):
     @classmethod
     def _known_encoding(cls, value: str) -> str:
         try:
-            codecs.lookup(value)
+            "".encode(value)
         except LookupError:
             raise ValueError(f"unknown encoding {value!r}; utf-8 and latin-1 are usual") from None
         return value

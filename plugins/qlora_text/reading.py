@@ -56,9 +56,9 @@ def _pieces(files: list[str], encoding: str, separator: str | None) -> Iterator[
             with _opened(Path(file), "r", encoding=codec) as stream:
                 for text, continues in split_documents(stream, separator):
                     yield {"text": text, "continues": continues}
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise DataError(
-                f"{file}: not {encoding}: {error.reason} at byte {_offset(Path(file), codec)}; "
+                f"{file}: not {encoding}: {getattr(error, 'reason', error)} at byte {_offset(Path(file), codec)}; "
                 "set dataset.encoding to the file's own, latin-1 for example"
             ) from error
 
@@ -78,7 +78,7 @@ def _offset(file: Path, codec: str) -> int:
             pending = len(decoder.getstate()[0])
             try:
                 decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                return read - pending + error.start
+            except UnicodeError as error:
+                return read - pending + getattr(error, "start", 0)
             read += len(chunk)
     return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -114,7 +115,10 @@ def read_config(
         raw["dataset"] = {"name": "text", "path": data}
     if output is not None:
         raw["output"] = output
-    raw.setdefault("output", f"runs/{Path(data or path or 'run').stem}")
+    if data == "":
+        raise ConfigError("--data is empty; name a text file, a glob or a folder")
+    stem = Path(os.path.abspath(data or path or "run")).stem
+    raw.setdefault("output", f"runs/{stem if stem and not glob.has_magic(stem) else 'run'}")
     for key, extra in (("plugins", modules), ("disable_plugins", disable)):
         if extra:
             given = raw.get(key) or []

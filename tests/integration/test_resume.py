@@ -65,6 +65,7 @@ def test_resuming_from_a_named_checkpoint_goes_back_to_it(run: Callable[..., Fin
     lines = timeless(first)
     again = run(training=training, resume=first.run.checkpoint(2))
     assert timeless(again) == lines
+    assert [p.name for p in again.run.checkpoints()] == ["step-2", "step-4", "step-6"]
     by_name = run(training=training, resume="step-4")
     assert timeless(by_name) == lines
 
@@ -84,8 +85,12 @@ def test_nothing_to_resume_from_is_said(run: Callable[..., Finished], tmp_path: 
     finished = run(training={"save_steps": 2})
     with pytest.raises(RunError, match=r"step-9 is no checkpoint; .* has step-2, step-3"):
         run(resume="step-9")
-    with pytest.raises(RunError, match=r"holds another adapter than the configuration asks for"):
+    before = finished.run.metrics.read_bytes()
+    with pytest.raises(RunError, match=r"adapter: the run in .* began with another adapter; resume it with its own"):
         run(resume=True, adapter=LoRA(r=8))
+    with pytest.raises(RunError, match=r"leave one of them out"):
+        run(resume=True, overwrite=True)
+    assert finished.run.metrics.read_bytes() == before
     assert finished.run.adapter.is_dir()
 
 

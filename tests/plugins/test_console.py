@@ -33,6 +33,13 @@ def test_a_terminal_gets_a_bar_with_figures_and_time_left() -> None:
     assert "perplexity 7.389" in shown
 
 
+def test_eighty_columns_show_the_time_left_and_all_figures() -> None:
+    screen = io.StringIO()
+    events(ProgressDisplay(console=Console(file=screen, force_terminal=True, color_system=None, width=80)))
+    shown = " ".join(screen.getvalue().split())
+    assert "4/4 00:00 left loss 2.500 · 1,234 tokens/s · peak 1.50 GB" in shown
+
+
 def test_elsewhere_each_log_is_one_plain_line() -> None:
     screen = io.StringIO()
     events(ProgressDisplay(console=Console(file=screen, width=140)))
