@@ -131,7 +131,10 @@ def inject_adapter(
     """
     base = {id(parameter): name for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-    adapted = adapter.inject(model, new_token_ids)
+    try:
+        adapted = adapter.inject(model, new_token_ids)
+    except (RuntimeError, TypeError, ValueError) as error:  # what the adapter's library refuses
+        raise ModelError(f"adapter {adapter.name!r} can't be added to this model: {_first(error)}") from error
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"adapter {adapter.name!r} leaves nothing to train; choose another, such as lora")

@@ -71,6 +71,15 @@ def finetune(
     providers or plain `transformers.TrainerCallback`s; the latter can't be written into the run's config.yaml.
     Raises a QLoRAError (ConfigError, DataError, ModelError, RunError) for what the caller can mend.
     """
+    for name, given, kind in (
+        ("quantizer", quantizer, Quantizer),
+        ("adapter", adapter, Adapter),
+        ("dataset", dataset, DatasetSource),
+    ):
+        if not isinstance(given, kind):
+            raise ConfigError(
+                [Problem((name,), f"must be an instance of a {kind.__name__}, options in brackets (got {given!r})")]
+            )
     factories = tuple(callback for callback in callbacks if isinstance(callback, CallbackFactory))
     plain = [callback for callback in callbacks if not isinstance(callback, CallbackFactory)]
     sections = {"data": data, "training": training, "tokens": tokens}

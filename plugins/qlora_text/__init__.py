@@ -38,6 +38,14 @@ class TextOptions(ProviderOptions):
         description='text between two documents, such as "\\n\\n"; by default each file is one document',
     )
 
+    @field_validator("path", "eval_path", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Take pathlib's paths, too."""
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        return [os.fspath(v) if isinstance(v, os.PathLike) else v for v in value] if isinstance(value, list) else value
+
     @field_validator("path", "eval_path")
     @classmethod
     def _absolute(cls, value: Any) -> Any:

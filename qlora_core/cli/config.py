@@ -15,7 +15,12 @@ from qlora_core.schema import config_schema, starter_config
 
 __all__ = ["app"]
 
-app = typer.Typer(name="config", help="Write, show and describe configurations.", no_args_is_help=True)
+app = typer.Typer(
+    name="config",
+    help="Write, show and describe configurations.",
+    epilog="Examples: qlora config init · qlora config show qlora.yaml",
+    no_args_is_help=True,
+)
 
 
 @app.command("init")

@@ -18,7 +18,12 @@ from qlora_core.validation import did_you_mean
 
 __all__ = ["app"]
 
-app = typer.Typer(name="plugins", help="List and describe the installed plugins.", no_args_is_help=True)
+app = typer.Typer(
+    name="plugins",
+    help="List and describe the installed plugins.",
+    epilog="Examples: qlora plugins list · qlora plugins show lora",
+    no_args_is_help=True,
+)
 
 
 @app.command("list")

@@ -12,6 +12,7 @@ import transformers
 
 from qlora_bitsandbytes import FP4, NF4, Int8
 from qlora_core import ConfigError, Finished, ModelError, generate, load_model
+from qlora_peft import LoRA
 from qlora_plain import NoQuantizer
 
 
@@ -77,3 +78,14 @@ def test_generated_text_keeps_the_space_after_the_prompt_and_streams_the_same(ti
     assert text.startswith(" ")
     assert len(text.split()) == 4
     assert "".join(pieces) == text
+
+
+def test_what_is_no_provider_is_refused_by_name(run: Callable[..., Finished]) -> None:
+    with pytest.raises(ConfigError, match=r"quantizer: must be an instance of a Quantizer, options in brackets \(got 'nf4'\)"):
+        run(quantizer="nf4")
+
+
+def test_what_the_adapters_library_refuses_is_one_clear_error(run: Callable[..., Finished], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="adapter 'lora' can't be added to this model: "):
+        run(adapter=LoRA(r=4, modules_to_save=("q_proj",)))
+    assert not (tmp_path / "run").exists()

@@ -39,6 +39,7 @@ def test_a_file_a_list_a_glob_and_a_folder_give_their_files_in_order(corpus: Pat
     assert documents(TextFile(path=[str(corpus / "b.txt"), str(corpus / "a.txt")])) == ["second\n", "first\n"]
     assert documents(TextFile(path=str(corpus / "*.txt"))) == ["first\n", "second\n"]
     assert documents(TextFile(path=str(corpus))) == ["first\n", "second\n", "third\n"]
+    assert documents(TextFile(path=[corpus / "b.txt"])) == documents(TextFile(path=corpus / "b.txt")) == ["second\n"]
 
 
 def test_a_file_that_two_patterns_match_is_read_once(corpus: Path) -> None:
