@@ -104,8 +104,6 @@ class Quantizer(Provider):
 class Adapter(Provider):
     """Which small set of parameters is trained, and how it is added to the frozen model."""
 
-    trains: ClassVar[bool] = True
-    """False for an adapter that adds nothing, which `train` refuses."""
     trains_new_tokens: ClassVar[bool] = False
     """True where `inject` can train the embedding rows in *new_token_ids*."""
 
