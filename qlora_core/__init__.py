@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Adapter,
         CallbackFactory,
         DatasetSource,
+        Exporter,
         Kernels,
         Provider,
         ProviderOptions,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
     from qlora_core.registry import Registry
     from qlora_core.run import Run
+    from qlora_core.saved import SavedRun
 
 __version__ = "0.1.0"
 
@@ -44,9 +46,19 @@ _HOMES = {
     "model": ("build_skeleton", "inject_adapter", "load_model", "load_tokenizer"),
     "parts": ("Parts", "resolve"),
     "pipeline": ("Finished", "execute", "finetune", "train"),
-    "providers": ("Adapter", "CallbackFactory", "DatasetSource", "Kernels", "Provider", "ProviderOptions", "Quantizer"),
+    "providers": (
+        "Adapter",
+        "CallbackFactory",
+        "DatasetSource",
+        "Exporter",
+        "Kernels",
+        "Provider",
+        "ProviderOptions",
+        "Quantizer",
+    ),
     "registry": ("Registry",),
     "run": ("Run",),
+    "saved": ("SavedRun",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
@@ -58,6 +70,7 @@ __all__ = [
     "DataError",
     "DatasetSource",
     "Encoded",
+    "Exporter",
     "Finished",
     "Footprint",
     "Kernels",
@@ -73,6 +86,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunError",
+    "SavedRun",
     "TokensConfig",
     "TrainingConfig",
     "__version__",

@@ -160,6 +160,9 @@ class RunConfig(Section):
         (ProviderConfig(name="progress"),), description="what watches or steers the training loop; only those named run"
     )
     training: TrainingConfig = Field(TrainingConfig(), description="how the adapter is trained")
+    exports: tuple[ProviderConfig, ...] = Field(
+        (), description="formats that the finished run is written in too, each into exports/NAME of its folder"
+    )
     output: str = Field("runs/run", min_length=1, validate_default=True, description="the folder that the run is written to")
     plugins: tuple[str, ...] = Field((), description="modules to use as plugins although they are not installed as such")
     disable_plugins: tuple[str, ...] = Field((), description="installed plugins that are not even imported, by name")
@@ -174,9 +177,9 @@ class RunConfig(Section):
     def _short_provider(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("callbacks", mode="before")
+    @field_validator("callbacks", "exports", mode="before")
     @classmethod
-    def _short_callbacks(cls, value: Any) -> Any:
+    def _short_list(cls, value: Any) -> Any:
         return [cls._short_provider(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     @field_validator("output")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from qlora_core.providers import Quantizer
 
-__all__ = ["Coverage", "Footprint", "LinearWeights"]
+__all__ = ["Coverage", "Footprint", "LinearWeights", "held_bytes"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,9 @@ class Footprint:
         seen: set[int] = set()
 
         def size(tensor: torch.Tensor) -> int:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen:
-                return 0
-            seen.add(storage.data_ptr())
-            return storage.nbytes()
+            new = {key: held for key, held in storages(tensor).items() if key not in seen}
+            seen.update(new)
+            return sum(new.values())
 
         parameters = total = quantized = quantized_bytes = 0
         left_out: dict[str, int] = {}
@@ -52,6 +50,7 @@ class Footprint:
                 stored = size(tensor) + (sum(size(c) for c in quantizer.constants(module)) if is_weight else 0)
                 total += stored
                 if not _is_parameter(module, name):
+                    quantized_bytes += stored if packed else 0  # scales that are buffers
                     continue
                 parameters += numel
                 if is_weight:
@@ -137,6 +136,21 @@ class LinearWeights:
                 left_out[name] = self._sizes[name]
         total = sum(self._sizes.values())
         return Coverage(total, total - sum(left_out.values()), _largest(left_out))
+
+
+def storages(tensor: torch.Tensor) -> dict[int, int]:
+    """Return address and bytes of the memory that *tensor* holds; a subclass may hold several tensors."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner, _ = tensor.__tensor_flatten__()
+        return {key: held for name in inner for key, held in storages(getattr(tensor, name)).items()}
+    storage = tensor.untyped_storage()
+    return {storage.data_ptr(): storage.nbytes()}
+
+
+def held_bytes(module: torch.nn.Module, quantizer: Quantizer) -> int:
+    """Return the bytes that the weight of a quantised *module* takes: packed, with its buffers and other constants."""
+    tensors = [t for name, t in _own_tensors(module) if name != "bias"] + quantizer.constants(module)
+    return sum({key: held for tensor in tensors for key, held in storages(tensor).items()}.values())
 
 
 def _logical_size(module: Any, tensor: torch.Tensor, *, packed: bool) -> int:

@@ -29,11 +29,16 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Quantizer
+    from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Quantizer
 
-__all__ = ["PROJECT", "ProviderHooks", "hookimpl", "hookspec"]
+__all__ = ["HOOK_API", "PROJECT", "ProviderHooks", "hookimpl", "hookspec"]
 
 PROJECT = "qlora_core"  # pluggy's project name and the entry-point group
+HOOK_API = 1
+"""The version of these hooks. It rises when a hook is added or gets an argument; older plugins go on working.
+
+A plugin that needs at least version N says so: `qlora_hook_api = N` in its module.
+"""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -60,3 +65,7 @@ class ProviderHooks:
     @hookspec
     def qlora_callbacks(self) -> list[type[CallbackFactory]]:
         """Callbacks this plugin provides: what watches or steers the training loop."""
+
+    @hookspec
+    def qlora_exporters(self) -> list[type[Exporter]]:
+        """Exporters this plugin provides: what writes a finished run in another format."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_core.calls import calling
 from qlora_core.config import ModelConfig
 from qlora_core.errors import ModelError
 from qlora_core.libraries import import_libraries
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
 
     from qlora_core.providers import Adapter, Quantizer
 
-__all__ = ["add_tokens", "build_skeleton", "inject_adapter", "load_model", "load_tokenizer"]
+__all__ = [
+    "add_tokens",
+    "build_skeleton",
+    "inject_adapter",
+    "load_model",
+    "load_quantized",
+    "load_tokenizer",
+    "save_quantized",
+]
 
 NOWHERE = "is no model folder, and not to be had from the hub"
 
@@ -69,12 +78,12 @@ def build_skeleton(model: ModelConfig | str) -> transformers.PreTrainedModel:
 
 def load_model(
     model: ModelConfig | str,
-    quantizer: Quantizer,
+    quantizer: Quantizer | None,
     *,
     skeleton: transformers.PreTrainedModel | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
 ) -> transformers.PreTrainedModel:
-    """Return the frozen base model as *quantizer* stores it, on this machine's device.
+    """Return the frozen base model as *quantizer* stores it (None: as it is), on this machine's device.
 
     Parameters that are not quantised stay in the load dtype; `upcast` casts them to float32, as peft's
     `prepare_model_for_kbit_training` does. A *tokenizer* with more tokens than the model has embeddings makes the
@@ -89,7 +98,10 @@ def load_model(
     from qlora_core.device import pick_device
 
     skeleton = build_skeleton(config) if skeleton is None else skeleton
-    arguments = quantizer.load_kwargs(skeleton)
+    arguments: dict[str, Any] = {}
+    if quantizer is not None:
+        with calling(quantizer, "load_kwargs"):
+            arguments = quantizer.load_kwargs(skeleton)
     if not _stored_alike(skeleton, arguments):
         raise ModelError(f"model.path: {config.path!r} is stored quantised already; name its quantizer, or use the original")
     device = pick_device()
@@ -104,20 +116,24 @@ def load_model(
             **arguments,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # cut short, another shape, ...
-        raise ModelError(f"model.path: {config.path!r} can't be loaded with {quantizer.name}: {_first(error)}") from error
+        stored = f" with {quantizer.name}" if quantizer is not None else ""
+        raise ModelError(f"model.path: {config.path!r} can't be loaded{stored}: {_first(error)}") from error
     base, report = loaded
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"model.path: {config.path!r} lacks weights ({names}, ...); they would be random. Get it again")
     base.requires_grad_(False)
-    base = quantizer.prepare(base)
+    if quantizer is not None:
+        with calling(quantizer, "prepare"):
+            base = quantizer.prepare(base)
     if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         _grow_embeddings(base, len(tokenizer))
     if config.upcast:
         for module in base.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 half = parameter.dtype in (torch.float16, torch.bfloat16)
-                if half and not (name == "weight" and quantizer.is_quantized(module)):
+                packed = quantizer is not None and name == "weight" and quantizer.is_quantized(module)
+                if half and not packed:
                     parameter.data = parameter.data.float()
     return base.eval()
 
@@ -131,10 +147,8 @@ def inject_adapter(
     """
     base = {id(parameter): name for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-    try:
+    with calling(adapter, "inject"):
         adapted = adapter.inject(model, new_token_ids)
-    except (RuntimeError, TypeError, ValueError) as error:  # what the adapter's library refuses
-        raise ModelError(f"adapter {adapter.name!r} can't be added to this model: {_first(error)}") from error
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"adapter {adapter.name!r} leaves nothing to train; choose another, such as lora")
@@ -145,6 +159,27 @@ def inject_adapter(
             f"{', ...' if len(wrong) > 3 else ''}; an adapter adds parameters of its own and leaves the base frozen"
         )
     return adapted
+
+
+def save_quantized(model: transformers.PreTrainedModel, folder: Path) -> None:
+    """Write config.json and the state dict of *model*, in safetensors, into *folder*."""
+    from safetensors.torch import save_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def load_quantized(quantizer: Quantizer, folder: Path) -> transformers.PreTrainedModel:
+    """Return the model that `save_quantized` wrote into *folder*: made anew, passed to `prepare`, then filled."""
+    import transformers
+    from safetensors.torch import load_model as fill
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    made = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).requires_grad_(False)
+    model = quantizer.prepare(made)
+    fill(model, str(folder / "model.safetensors"))
+    return model.eval()
 
 
 def add_tokens(tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:

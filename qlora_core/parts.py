@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_core.calls import calling, reason, traced
 from qlora_core.config import ProviderConfig, RunConfig
-from qlora_core.errors import ConfigError, PluginError, Problem
-from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
-from qlora_core.registry import Registry
+from qlora_core.errors import ConfigError, PluginError, Problem, QLoRAError
+from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
+from qlora_core.registry import Provided, Registry
 from qlora_core.validation import did_you_mean
 
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["Parts", "build", "described", "resolve"]
+__all__ = ["Parts", "build", "described", "made", "resolve"]
+
+logger = logging.getLogger("qlora_core")
 
 
 @dataclass(frozen=True)
@@ -24,20 +28,26 @@ class Parts:
 
     quantizer: Quantizer
     adapter: Adapter
-    dataset: DatasetSource
+    dataset: DatasetSource | None
+    """None where a finished run is read back."""
     kernels: tuple[Kernels, ...] = ()
-    """The candidates: the one that suits the device best is applied, none where none suits."""
+    """The one to apply; with *auto_kernels* the candidates, of which the one that suits the device best is."""
     callbacks: tuple[CallbackFactory, ...] = ()
+    exporters: tuple[Exporter, ...] = ()
+    auto_kernels: bool = False
 
     def located(self) -> Iterator[tuple[tuple[str | int, ...], Provider]]:
         """Yield each provider with its place in the configuration."""
         yield ("quantizer",), self.quantizer
         yield ("adapter",), self.adapter
-        yield ("dataset",), self.dataset
-        for kernels in self.kernels:
+        if self.dataset is not None:
+            yield ("dataset",), self.dataset
+        for kernels in () if self.auto_kernels else self.kernels:
             yield ("kernels",), kernels
         for index, callback in enumerate(self.callbacks):
             yield ("callbacks", index), callback
+        for index, exporter in enumerate(self.exporters):
+            yield ("exports", index), exporter
 
     def check(self, config: RunConfig) -> None:
         """Let each provider refuse the run; raise ConfigError with all refusals. Second stage, imports nothing heavy."""
@@ -46,7 +56,8 @@ class Parts:
             problems.append(Problem(("tokens", "add"), f"the adapter {self.adapter.name!r} can't train new tokens; use lora"))
         for where, provider in self.located():
             try:
-                provider.check(config, self)
+                with calling(provider, "check"):
+                    provider.check(config, self)
             except ConfigError as error:
                 problems += error.under(*where).problems
         if problems:
@@ -55,15 +66,24 @@ class Parts:
     def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
         """Let the adapter refuse the model, known by its *skeleton* on the meta device; raise ConfigError."""
         try:
-            self.adapter.check_model(skeleton)
+            with calling(self.adapter, "check_model"):
+                self.adapter.check_model(skeleton)
         except ConfigError as error:
             raise error.under("adapter") from None
 
     def check_libraries(self) -> None:
-        """Let each provider check options that it passes on to a library. Third stage, may import that library."""
+        """Refuse a provider that this machine lacks something for, and let each check what it passes on to a library.
+
+        Third stage, may import that library.
+        """
         for where, provider in self.located():
+            with calling(provider, "missing"):
+                lacking = provider.missing()
+            if lacking:
+                raise ConfigError([Problem(where, f"{provider.name!r} needs {lacking}; this machine has it not")])
             try:
-                provider.check_libraries()
+                with calling(provider, "check_libraries"):
+                    provider.check_libraries()
             except ConfigError as error:
                 raise error.under(*where) from None
 
@@ -75,12 +95,25 @@ def build(registry: Registry, kind: str, choice: ProviderConfig, *where: str | i
     """
     try:
         found = registry.find(kind, choice.name)
-        provider = found.provider(**choice.provider_options)
+        provider = made(found, choice.provider_options)
     except PluginError as error:
         raise ConfigError([Problem(where, str(error))]) from error
     except ConfigError as error:
         raise error.under(*where) from None
     return described(provider, found.qualified), provider
+
+
+def made(found: Provided, options: Mapping[str, Any]) -> Any:
+    """Return the provider *found*, made with *options*; raise ConfigError for those, PluginError where its code fails."""
+    try:
+        with traced(f"{found.provider.__name__}()", lambda: f"{found.kind} {found.qualified!r}"):
+            return found.provider(**options)
+    except QLoRAError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"plugin {found.plugin.name!r} ({found.plugin.origin}) failed to make {found.provider.name!r}: {reason(error)}"
+        ) from error
 
 
 def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
@@ -100,11 +133,13 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
         problems += [
             Problem(("kernels", o), "unknown option; auto accepts no options") for o in config.kernels.provider_options
         ]
-        built["kernels"] = tuple(found.provider() for found in registry.provided("kernels"))
+        built["kernels"] = tuple(_candidates(registry))
     else:
         sections.append(("kernels", "kernels", config.kernels, ("kernels",)))
     for index, choice in enumerate(config.callbacks):
         sections.append((f"callback {index}", "callback", choice, ("callbacks", index)))
+    for index, choice in enumerate(config.exports):
+        sections.append((f"exporter {index}", "exporter", choice, ("exports", index)))
     for key, kind, choice, where in sections:
         try:
             choices[key], built[key] = build(registry, kind, choice, *where)
@@ -113,17 +148,35 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
     if problems:
         raise ConfigError(problems)
     callbacks = [f"callback {index}" for index in range(len(config.callbacks))]
+    exporters = [f"exporter {index}" for index in range(len(config.exports))]
     kernels = built["kernels"] if isinstance(built["kernels"], tuple) else (built["kernels"],)
     parts = Parts(
-        built["quantizer"], built["adapter"], built["dataset"], kernels, tuple(built[callback] for callback in callbacks)
+        built["quantizer"],
+        built["adapter"],
+        built["dataset"],
+        kernels,
+        tuple(built[callback] for callback in callbacks),
+        tuple(built[exporter] for exporter in exporters),
+        auto_kernels=isinstance(built["kernels"], tuple),
     )
     resolved: dict[str, Any] = {key: choices[key] for key in ("quantizer", "adapter", "dataset", "kernels") if key in choices}
-    return config.model_copy(update={**resolved, "callbacks": tuple(choices[callback] for callback in callbacks)}), parts
+    resolved["callbacks"] = tuple(choices[callback] for callback in callbacks)
+    resolved["exports"] = tuple(choices[exporter] for exporter in exporters)
+    return config.model_copy(update=resolved), parts
 
 
 def described(provider: Provider, name: str) -> ProviderConfig:
     """Return the configuration that makes *provider* again, under *name*, its defaults filled in."""
     return ProviderConfig(name=name, **provider.options.model_dump(mode="json"))
+
+
+def _candidates(registry: Registry) -> Iterator[Kernels]:
+    """Yield what `kernels: auto` may choose from; kernels that can't be made without options, or fail, are not."""
+    for found in registry.provided("kernels"):
+        try:
+            yield made(found, {})
+        except QLoRAError as error:
+            logger.warning("kernels: auto leaves out %r: %s", found.qualified, error)
 
 
 def _plugin_problems(config: RunConfig, registry: Registry) -> list[Problem]:

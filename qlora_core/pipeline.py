@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_core.calls import calling, watched
 from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
-from qlora_core.errors import ConfigError, DataError, ModelError, Problem, RunError
+from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, Problem, QLoRAError, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
 from qlora_core.parts import Parts, described
-from qlora_core.provenance import plugin_of, provenance
-from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
+from qlora_core.provenance import describe_provider, plugin_of, provenance
+from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
 from qlora_core.run import Run
+from qlora_core.saved import SavedRun
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from qlora_core.data.encode import Encoded
 
-__all__ = ["Finished", "Interrupted", "execute", "finetune", "train"]
+__all__ = ["Finished", "Interrupted", "execute", "export", "finetune", "train"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -62,6 +64,7 @@ def finetune(
     tokens: TokensConfig | Mapping[str, Any] | None = None,
     kernels: Kernels | None = None,
     callbacks: Sequence[CallbackFactory | transformers.TrainerCallback] = (),
+    exports: Sequence[Exporter] = (),
     overwrite: bool = False,
     resume: bool | str | Path = False,
 ) -> Finished:
@@ -91,11 +94,12 @@ def finetune(
             "dataset": _named(dataset),
             "kernels": _named(kernels) if kernels is not None else "reference",
             "callbacks": [_named(factory) for factory in factories],
+            "exports": [_named(exporter) for exporter in exports],
             "output": str(output),
             **{key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in sections.items() if value},
         }
     )
-    parts = Parts(quantizer, adapter, dataset, (kernels,) if kernels is not None else (), factories)
+    parts = Parts(quantizer, adapter, dataset, (kernels,) if kernels is not None else (), factories, tuple(exports))
     return execute(config, parts, plain_callbacks=plain, overwrite=overwrite, resume=resume)
 
 
@@ -110,6 +114,8 @@ def execute(
 ) -> Finished:
     """Run *config* with *parts*: check, encode, load, inject, train, save. All that can fail early fails early."""
     run = Run(Path(config.output), config, quiet)
+    if parts.dataset is None:
+        raise ConfigError([Problem(("dataset",), "required; nothing to train on")])
     parts.check(config)
     run.check_folder(overwrite=overwrite, resume=bool(resume))
     start = _checkpoint_to_resume(run, resume)
@@ -133,13 +139,35 @@ def execute(
     elif processes.is_main_process:
         run.write("config.yaml", config.to_yaml())  # what may differ: how long, how often
     processes.wait_for_everyone()
-    callbacks = [*(factory.build(run) for factory in parts.callbacks), *plain_callbacks]
+    callbacks = [*(_callback(factory, run) for factory in parts.callbacks), *plain_callbacks]
     tokenizer = prepared.tokenizer
     metrics = train(model, tokenizer, prepared.encoded, run, callbacks, wanted=prepared.wanted, resume_from=start)
     if processes.is_main_process:
-        run.write_adapter(lambda folder: _save(parts.adapter, model, tokenizer, folder))
+        with calling(parts.adapter, "save"):
+            run.write_adapter(lambda folder: _save(parts.adapter, model, tokenizer, folder))
         logger.info("adapter saved in %s", run.adapter)
+        for exporter in parts.exporters:
+            export(SavedRun(run, parts.quantizer, parts.adapter), exporter)
     return Finished(run, model, tokenizer, metrics)
+
+
+def export(saved: SavedRun, exporter: Exporter, folder: Path | None = None) -> Path:
+    """Let *exporter* write *saved* into *folder* (default exports/NAME of the run), whole or not at all; return it."""
+    run = saved.run
+    with calling(exporter, "export"):
+        written = run.export(exporter.name, lambda partial: exporter.export(saved, partial), folder)
+    logger.info("exported as %s in %s", exporter.name, written)
+    return written
+
+
+def _callback(factory: CallbackFactory, run: Run) -> transformers.TrainerCallback:
+    import transformers
+
+    with calling(factory, "build"):
+        callback = factory.build(run)
+    if not isinstance(callback, transformers.TrainerCallback):
+        raise PluginError(f"callback {factory.name!r}: build must return a transformers.TrainerCallback (got {callback!r})")
+    return watched(callback, factory)
 
 
 @dataclass(frozen=True)
@@ -161,7 +189,10 @@ def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
     from qlora_core.training.arguments import training_arguments
 
     parts.check_libraries()
-    wanted = {k: v for callback in parts.callbacks for k, v in callback.training_arguments().items()}
+    wanted: dict[str, Any] = {}
+    for callback in parts.callbacks:
+        with calling(callback, "training_arguments"):
+            wanted |= callback.training_arguments()
     training_arguments(config.training, output=run.folder, evaluates=False, wanted=wanted)  # refuses early
     tokenizer = load_tokenizer(config.model)
     new_token_ids = add_tokens(tokenizer, config.tokens.add)
@@ -169,6 +200,7 @@ def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
     _check_vocabulary(tokenizer, skeleton, new_token_ids)
     _check_positions(skeleton, config.data)
     parts.check_model(skeleton)
+    assert parts.dataset is not None
     encoded = encode(parts.dataset, tokenizer, config.data)
     logger.info("%s", _data_line(encoded, config.data))
     _check_evaluates(encoded, config, parts)
@@ -183,7 +215,7 @@ def _build(config: RunConfig, parts: Parts, prepared: _Prepared) -> tuple[torch.
     base = load_model(config.model, parts.quantizer, skeleton=prepared.skeleton, tokenizer=prepared.tokenizer)
     linears, size = LinearWeights(base, parts.quantizer), Footprint.of(base, parts.quantizer)
     model = inject_adapter(base, parts.adapter, new_token_ids=prepared.new_token_ids)
-    kernels = _apply_kernels(model, parts.kernels)
+    kernels = _apply_kernels(model, config, parts)
     _report(size, linears.covered_by(model), parts)
     return model, kernels
 
@@ -291,15 +323,39 @@ def _check_evaluates(encoded: Encoded, config: RunConfig, parts: Parts) -> None:
         raise DataError(f"data.eval_fraction: nothing is held out, and {wanting[0]} needs evaluation data; set it above 0")
 
 
-def _apply_kernels(model: torch.nn.Module, candidates: Sequence[Kernels]) -> Kernels | None:
+def _apply_kernels(model: torch.nn.Module, config: RunConfig, parts: Parts) -> Kernels | None:
+    chosen = _most_suitable(config, parts) if parts.auto_kernels else next(iter(parts.kernels), None)
+    if chosen is not None:
+        with calling(chosen, "apply"):
+            chosen.apply(model)
+    return chosen
+
+
+def _most_suitable(config: RunConfig, parts: Parts) -> Kernels | None:
+    """Return the kernels that suit the device best, of those that can work in this run and say a rank above 0."""
     from qlora_core.device import pick_device
 
     device = pick_device().type
-    chosen = candidates[0] if len(candidates) == 1 else max(candidates, key=lambda k: k.suits(device), default=None)
-    if chosen is None or (len(candidates) > 1 and chosen.suits(device) <= 0):
-        return None
-    chosen.apply(model)
-    return chosen
+    ranks: dict[str, tuple[int, Kernels]] = {}
+    for kernels in parts.kernels:
+        name = describe_provider(kernels)["provider"]
+        try:
+            with calling(kernels, "suits"):
+                lacking = kernels.missing()
+                kernels.check(config, parts)
+                kernels.check_libraries()
+                rank = 0 if lacking else kernels.suits(device)
+        except QLoRAError as error:
+            logger.warning("kernels: auto leaves out %r: %s", name, error)
+            continue
+        if rank > 0:
+            ranks[name] = rank, kernels
+    best = max((rank for rank, _ in ranks.values()), default=0)
+    equal = sorted(name for name, (rank, _) in ranks.items() if rank == best)
+    if len(equal) > 1:
+        names = " and ".join(repr(name) for name in equal)
+        raise ConfigError([Problem(("kernels",), f"auto can't choose between {names}, which suit {device} equally; name one")])
+    return ranks[equal[0]][1] if equal else None
 
 
 def _data_line(encoded: Encoded, data: DataConfig) -> str:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from qlora_core.config import RunConfig
     from qlora_core.parts import Parts
     from qlora_core.run import Run
+    from qlora_core.saved import SavedRun
 
-__all__ = ["Adapter", "CallbackFactory", "DatasetSource", "Kernels", "Provider", "ProviderOptions", "Quantizer"]
+__all__ = ["Adapter", "CallbackFactory", "DatasetSource", "Exporter", "Kernels", "Provider", "ProviderOptions", "Quantizer"]
 
 
 class ProviderOptions(BaseModel):
@@ -60,8 +61,23 @@ class Provider(ABC):
         Locations in the error are relative to this provider's options.
         """
 
+    def missing(self) -> str:
+        """Return what this machine lacks for this provider ("a CUDA device", "the package torchao"), or an empty text.
+
+        Third stage: may import a library. A run is refused, and the conformance kit skips, with this reason.
+        """
+        return ""
+
     def check_libraries(self) -> None:  # noqa: B027
         """Raise ConfigError where options don't fit the library they are passed on to. Third stage: may import it."""
+
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        """Return options with which this provider works on a tiny Llama; it may write files into the empty *folder*.
+
+        `qlora plugins check` and the conformance kit use them; override it where an option is required.
+        """
+        return {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.options!r})"
@@ -72,6 +88,9 @@ class Quantizer(Provider):
 
     quantizes: ClassVar[bool] = True
     """False where weights stay as they are, so that adapters may rewrite them."""
+
+    mergeable: ClassVar[bool] = True
+    """False where `dequantize` can't stand for the layer, so that adding the adapter to it would give another model."""
 
     @abstractmethod
     def load_kwargs(self, skeleton: transformers.PreTrainedModel) -> dict[str, Any]:
@@ -100,12 +119,36 @@ class Quantizer(Provider):
     def stored_bytes(self, shape: tuple[int, int]) -> int:
         """Return the bytes that a weight of *shape* (out_features, in_features) takes with its own constants."""
 
+    def save(self, model: transformers.PreTrainedModel, folder: Path) -> None:
+        """Write the quantised base *model* into *folder*, packed as it is; never a pickle.
+
+        By default config.json and the state dict in safetensors, which suits a quantizer that rewrites modules.
+        """
+        from qlora_core.model import save_quantized
+
+        save_quantized(model, folder)
+
+    def load(self, folder: Path) -> transformers.PreTrainedModel:
+        """Return the model that `save` wrote into *folder*, the same bits.
+
+        By default a model of that configuration is made and passed to `prepare`, and then gets the stored tensors.
+        """
+        from qlora_core.model import load_quantized
+
+        return load_quantized(self, folder)
+
 
 class Adapter(Provider):
     """Which small set of parameters is trained, and how it is added to the frozen model."""
 
     trains_new_tokens: ClassVar[bool] = False
     """True where `inject` can train the embedding rows in *new_token_ids*."""
+
+    trains: ClassVar[bool] = True
+    """False where it adds nothing to train."""
+
+    mergeable: ClassVar[bool] = False
+    """True where `merge` can add what was trained to the weights of a plain model."""
 
     def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
         """Raise ConfigError where this adapter does not fit the model: names that match nothing, a rank too large.
@@ -127,6 +170,10 @@ class Adapter(Provider):
     @abstractmethod
     def load(self, model: transformers.PreTrainedModel, folder: Path) -> torch.nn.Module:
         """Return a plain base *model* with the adapter that `save` wrote into *folder*, for evaluation or generation."""
+
+    def merge(self, model: torch.nn.Module) -> transformers.PreTrainedModel:
+        """Return the plain model that computes what *model*, from `load` on a base that is not quantised, computes."""
+        raise NotImplementedError(f"{type(self).__name__} sets mergeable without a merge")
 
     def may_train(self, name: str) -> bool:
         """Return whether the base parameter *name* is trained in place and saved with the adapter (biases, say)."""
@@ -171,3 +218,14 @@ class CallbackFactory(Provider):
     @abstractmethod
     def build(self, run: Run) -> transformers.TrainerCallback:
         """Return the callback for *run*."""
+
+
+class Exporter(Provider):
+    """Writes a finished run in another format: `exports:` in a configuration, or `qlora export`."""
+
+    @abstractmethod
+    def export(self, saved: SavedRun, folder: Path) -> None:
+        """Write *saved*, a finished run, into the empty *folder*; never a pickle.
+
+        What can't work is refused in `check`, before training, where the exporter stands in the configuration.
+        """

@@ -6,16 +6,26 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pluggy
 
+from qlora_core.calls import reason, traced
 from qlora_core.errors import PluginError
-from qlora_core.hooks import PROJECT, ProviderHooks
-from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Kernels, Provider, Quantizer
+from qlora_core.hooks import HOOK_API, PROJECT, ProviderHooks
+from qlora_core.providers import (
+    Adapter,
+    CallbackFactory,
+    DatasetSource,
+    Exporter,
+    Kernels,
+    Provider,
+    ProviderOptions,
+    Quantizer,
+)
 from qlora_core.validation import did_you_mean
 
-__all__ = ["KINDS", "Plugin", "Provided", "Registry"]
+__all__ = ["KINDS", "Plugin", "Provided", "Registry", "hook_problems", "kind_of"]
 
 P = TypeVar("P", bound=Provider)
 
@@ -25,12 +35,51 @@ KINDS: dict[str, type[Provider]] = {
     "dataset": DatasetSource,
     "kernels": Kernels,
     "callback": CallbackFactory,
+    "exporter": Exporter,
 }
 
 
 def hook_name(kind: str) -> str:
     """Return the hook that provides *kind*: `qlora_quantizers` for "quantizer"."""
     return f"qlora_{kind if kind.endswith('s') else kind + 's'}"
+
+
+def kind_of(provider: type[Provider]) -> str:
+    """Return the kind of *provider*, "provider" for a class of none."""
+    return next((kind for kind, base in KINDS.items() if issubclass(provider, base)), "provider")
+
+
+def hook_problems(module: Any, hooks: type = ProviderHooks) -> list[str]:
+    """Return what is wrong with the hook functions of *module*, a plugin, that pluggy itself would accept in silence.
+
+    It never calls a function that is not marked, and never passes an argument that has a default.
+    """
+    known = [name for base in reversed(hooks.__mro__) for name in vars(base) if name.startswith("qlora_")]
+    functions = {name: value for name, value in vars(module).items() if inspect.isfunction(value)}
+    problems = []
+    for name, function in functions.items():
+        marked = hasattr(function, f"{PROJECT}_impl")
+        if marked and name not in known:
+            problems.append(
+                f"{name} is no hook{did_you_mean(name, known)}; this qlora-core has {', '.join(known)} (hook API {HOOK_API})"
+            )
+        elif name.startswith("qlora_") and not marked:
+            problems.append(f"{name} is not marked; put @qlora_core.hookimpl above it, or give it another name")
+        elif marked:
+            problems += _argument_problems(name, function, set(inspect.signature(getattr(hooks, name)).parameters))
+    return problems
+
+
+def _argument_problems(name: str, function: Any, passed: set[str]) -> list[str]:
+    problems = []
+    for argument, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is not inspect.Parameter.empty:
+            problems.append(f"{name}: the argument {argument!r} has a default and would never be passed; leave the default out")
+        elif argument not in passed:
+            problems.append(
+                f"{name}: the argument {argument!r} is unknown to hook API {HOOK_API}; upgrade qlora-core, or drop it"
+            )
+    return problems
 
 
 @dataclass(frozen=True)
@@ -76,9 +125,11 @@ class Registry:
     something it would have provided is an error.
     """
 
+    hooks: ClassVar[type] = ProviderHooks
+
     def __init__(self, *, modules: Sequence[str] = (), disable: Collection[str] = ()) -> None:
         self._manager = pluggy.PluginManager(PROJECT)
-        self._manager.add_hookspecs(ProviderHooks)
+        self._manager.add_hookspecs(self.hooks)
         self._plugins: dict[str, Plugin] = {}
         self._provided: dict[str, list[Provided]] = {}
         found = entry_points(group=PROJECT)
@@ -124,17 +175,29 @@ class Registry:
             )
         elif not blocked:
             try:
-                self._register(name, entry.load())
+                with traced(f"import {plugin.module}", lambda: f"plugin {name!r}"):
+                    module = _load(entry)
+                self._register(name, module)
             except (Exception, SystemExit) as error:  # a stranger's module may fail in any way
-                plugin = replace(plugin, failure=_reason(error))
+                plugin = replace(plugin, failure=reason(error))
         self._plugins[name] = plugin
 
     def _register(self, name: str, module: Any) -> None:
+        label = getattr(module, "__name__", name)
         if self._manager.has_plugin(name) or self._manager.is_registered(module):
-            raise PluginError(f"{getattr(module, '__name__', name)} is registered already under another name")
+            raise PluginError(f"{label} is registered already under another name")
+        wanted = getattr(module, "qlora_hook_api", HOOK_API)
+        if not isinstance(wanted, int) or wanted > HOOK_API:
+            raise PluginError(
+                f"{label} was built for hook API {wanted} and this qlora-core has {HOOK_API}; upgrade qlora-core, "
+                "or install an older version of the plugin"
+            )
+        problems = hook_problems(module, self.hooks) if hasattr(module, "__dict__") else []
+        if problems:
+            raise PluginError("; ".join(problems))
         try:
             self._manager.register(module, name)
-            self._manager.check_pending()  # a marked function that no specification knows
+            self._manager.check_pending()
         except Exception:
             if self._manager.is_registered(module):
                 self._manager.unregister(module)  # registration is not atomic
@@ -142,18 +205,24 @@ class Registry:
         if not self._manager.get_hookcallers(module):
             self._manager.unregister(module)
             hooks = ", ".join(hook_name(kind) for kind in KINDS)
-            raise PluginError(
-                f"{getattr(module, '__name__', name)} implements no hook; mark one of {hooks} with qlora_core.hookimpl"
-            )
+            raise PluginError(f"{label} implements no hook; mark one of {hooks} with qlora_core.hookimpl")
 
     def _call(self, kind: str) -> Iterator[Provided]:
-        caller = getattr(self._manager.hook, hook_name(kind))
-        for implementation in list(caller.get_hookimpls()):
-            name = implementation.plugin_name
+        hook = hook_name(kind)
+        plugins = dict(self._manager.list_name_plugin())
+        for name in [impl.plugin_name for impl in getattr(self._manager.hook, hook).get_hookimpls()]:
+            only = self._manager.subset_hook_caller(hook, [plugin for other, plugin in plugins.items() if other != name])
+            found: list[Provided] = []
             try:
-                yield from self._check(kind, name, implementation.function())
+                with traced(hook, lambda: f"plugin {name!r}", lambda: ", ".join(p.provider.name for p in found)):  # noqa: B023
+                    found += self._check(kind, name, next(iter(only(**self._arguments(kind))), None))
             except (Exception, SystemExit) as error:
-                self._plugins[name] = replace(self._plugins[name], failure=f"{hook_name(kind)}: {_reason(error)}")
+                self._plugins[name] = replace(self._plugins[name], failure=f"{hook}: {reason(error)}")
+            yield from found
+
+    def _arguments(self, kind: str) -> dict[str, Any]:
+        """Return what the hook of *kind* is called with; a plugin takes of it what it asks for. Nothing as yet."""
+        return {}
 
     def _check(self, kind: str, plugin: str, answer: Any) -> list[Provided]:
         expected = KINDS[kind]
@@ -164,6 +233,8 @@ class Registry:
                 raise PluginError(f"must return {expected.__name__} classes (got {provider!r})")
             if not isinstance(getattr(provider, "name", None), str):
                 raise PluginError(f'{provider.__name__} has no name; set `name = "..."`, what users write')
+            if not (isinstance(provider.Options, type) and issubclass(provider.Options, ProviderOptions)):
+                raise PluginError(f"{provider.__name__}.Options must be a subclass of qlora_core.ProviderOptions")
             if "name" in provider.Options.model_fields:
                 raise PluginError(f"{provider.__name__} has an option called name, which is the provider's own; rename it")
             if inspect.isabstract(provider):
@@ -200,5 +271,7 @@ def _distribution(entry: EntryPoint) -> tuple[str, str]:
     return (dist.name, dist.version) if dist is not None else ("", "")
 
 
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+def _load(entry: EntryPoint) -> Any:
+    if entry.value.endswith(".py") or "/" in entry.value:
+        raise PluginError(f"{entry.value!r} is a file; name the module, my_plugin for my_plugin.py, from the folder it lies in")
+    return entry.load()

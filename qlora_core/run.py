@@ -21,7 +21,7 @@ __all__ = ["Run"]
 
 # The order of the keys in a line of metrics.jsonl; further ones follow.
 KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes")
-FILES, FOLDERS = ("config.yaml", "provenance.json", "metrics.jsonl"), ("adapter", "checkpoints")  # what a run writes
+FILES, FOLDERS = ("config.yaml", "provenance.json", "metrics.jsonl"), ("adapter", "checkpoints", "exports")  # what a run writes
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -99,6 +99,13 @@ class Run:
         """Let *save*, a function of a folder, write adapter/, whole or not at all."""
         with self._whole(self.adapter) as folder:
             save(folder)
+
+    def export(self, name: str, save: Any, folder: Path | None = None) -> Path:
+        """Let *save*, a function of a folder, write *folder*, by default exports/*name*, whole or not at all; return it."""
+        folder = self.folder / "exports" / name if folder is None else folder
+        with self._whole(folder) as partial:
+            save(partial)
+        return folder
 
     # Metrics
 

@@ -8,9 +8,11 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.fields import FieldInfo
 
 from qlora_core.config import RunConfig
+from qlora_core.providers import Provider
 from qlora_core.registry import Registry
 from qlora_core.yaml_file import scalar
 
@@ -22,7 +24,9 @@ SECTIONS = {
     "dataset": "dataset",
     "kernels": "kernels",
     "callbacks": "callback",
+    "exports": "exporter",
 }
+LISTS = ("callbacks", "exports")
 
 _AUTO: list[dict[str, Any]] = [
     {"enum": ["auto"]},
@@ -39,7 +43,7 @@ def config_schema(registry: Registry) -> dict[str, Any]:
     for section, kind in SECTIONS.items():
         choices: list[dict[str, Any]] = [*_AUTO] if section == "kernels" else []
         for found in registry.provided(kind):
-            options = found.provider.Options.model_json_schema()
+            options = _options_schema(found.provider)
             definitions |= options.pop("$defs", {})
             names = {"enum": [found.provider.name, found.qualified]}
             choices += [
@@ -54,10 +58,18 @@ def config_schema(registry: Registry) -> dict[str, Any]:
             ]
         described = {"description": properties[section]["description"]}
         one: dict[str, Any] = {"anyOf": choices}
-        properties[section] = {"type": "array", "items": one, **described} if section == "callbacks" else {**one, **described}
+        properties[section] = {"type": "array", "items": one, **described} if section in LISTS else {**one, **described}
     properties["model"] = {"anyOf": [{"type": "string"}, properties["model"]]}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+def _options_schema(provider: type[Provider]) -> dict[str, Any]:
+    """Return the JSON Schema of the options of *provider*; that of any mapping where pydantic can't write one."""
+    try:
+        return provider.Options.model_json_schema()
+    except PydanticInvalidForJsonSchema as error:
+        return {"description": f"{provider.name}: no JSON Schema, {error.message}"}
 
 
 def starter_config(registry: Registry, *, model: str, data: str, output: str) -> str:
@@ -77,6 +89,8 @@ def starter_config(registry: Registry, *, model: str, data: str, output: str) ->
             lines += [*_fields(kind.Options, {"path": data}), ""]
         elif section == "callbacks":
             lines += [f"# {field.description}", "callbacks: [progress]", ""]
+        elif section == "exports":
+            lines += [f"# {field.description}", "exports: []", ""]
         elif section == "kernels":
             lines += [f"# {field.description}", "kernels: auto", ""]
         elif isinstance(field.default, BaseModel):

@@ -5,6 +5,7 @@ The block size is 64 throughout: transformers can load no other.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -39,7 +40,21 @@ class FourBitOptions(ProviderOptions):
     )
 
 
-class _FourBit(Quantizer):
+class _BitsAndBytes(Quantizer):
+    """What 4 and 8 bits have in common: transformers saves and loads both packed."""
+
+    def save(self, model: transformers.PreTrainedModel, folder: Path) -> None:
+        """Write packed weights and their constants, safetensors, with the configuration that loads them."""
+        model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> transformers.PreTrainedModel:
+        """Return what `save` wrote, the same bits."""
+        from qlora_bitsandbytes.layers import load_packed
+
+        return load_packed(folder)
+
+
+class _FourBit(_BitsAndBytes):
     """Blocks of 64 weights, each an index into 16 levels, times one scale per block."""
 
     Options = FourBitOptions
@@ -110,7 +125,7 @@ class Int8Options(ProviderOptions):
     )
 
 
-class Int8(Quantizer):
+class Int8(_BitsAndBytes):
     """8 bits per weight, one scale per row (LLM.int8(), Dettmers et al. 2022)."""
 
     name: ClassVar[str] = "int8"

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import bitsandbytes.functional
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import transformers
 
     from qlora_bitsandbytes import FourBitOptions, Int8Options
@@ -49,6 +51,12 @@ def keep_packing(model: transformers.PreTrainedModel) -> transformers.PreTrained
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_packed(folder: Path) -> transformers.PreTrainedModel:
+    """Return the model that `save_pretrained` wrote packed into *folder*; config.json says how."""
+    model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return keep_packing(model.requires_grad_(False))
 
 
 def dequantize_4bit(module: Any) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -65,6 +66,11 @@ class Integration(CallbackFactory):
     name = "transformers"
     Options = IntegrationOptions
     options: IntegrationOptions
+
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        """Return one that needs no further package."""
+        return {"integration": "transformers:PrinterCallback"}
 
     def check_libraries(self) -> None:
         """Refuse an integration that does not exist or whose package is not installed."""

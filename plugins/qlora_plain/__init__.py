@@ -44,6 +44,7 @@ class NoAdapter(Adapter):
     """The base model as it is, to evaluate or generate with; there is nothing to train."""
 
     name = "none"
+    trains = False
 
     def check(self, config: RunConfig, parts: Parts) -> None:
         """Refuse every training run."""

@@ -77,6 +77,13 @@ class TextFile(DatasetSource):
     Options = TextOptions
     options: TextOptions
 
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        """Return the path of a written file of 400 lines."""
+        path = folder / "lines.txt"
+        path.write_text("\n".join(f"Line {n} of a text, which has more words than one." for n in range(400)), encoding="utf-8")
+        return {"path": str(path)}
+
     def check(self, config: RunConfig, parts: Parts) -> None:
         """Refuse paths that match no file."""
         for option in ("path", "eval_path"):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_core.cli.options import Disable, Json, Modules, Set, make_registry, stdout
+from qlora_core.cli.options import Disable, Json, Modules, Set, Trace, make_registry, stdout
 from qlora_core.cli.train import read_config
 from qlora_core.errors import RunError
 from qlora_core.schema import config_schema, starter_config
@@ -56,6 +56,7 @@ def show(
     modules: Modules = None,
     disable: Disable = None,
     as_json: Json = False,
+    trace: Trace = False,
 ) -> None:
     """Show a configuration resolved: every default filled in, every provider with its plugin.
 
@@ -71,7 +72,7 @@ def show(
 
 
 @app.command("schema")
-def schema(modules: Modules = None, disable: Disable = None) -> None:
+def schema(modules: Modules = None, disable: Disable = None, trace: Trace = False) -> None:
     """Print the JSON Schema of a configuration, the installed plugins' options included; editors complete with it.
 
     [bold]Example[/bold]

@@ -10,12 +10,12 @@ from typing import Any
 
 import typer
 
-from qlora_core.cli.options import Disable, Json, Modules, make_registry, stdout
+from qlora_core.cli.options import Disable, Json, Modules, Trace, make_registry, stdout
 
 __all__ = ["doctor"]
 
 
-def doctor(modules: Modules = None, disable: Disable = None, as_json: Json = False) -> None:
+def doctor(modules: Modules = None, disable: Disable = None, as_json: Json = False, trace: Trace = False) -> None:
     """Check the installation: Python, packages, devices, number formats, bitsandbytes, memory, plugins.
 
     Exits with 2 where something that a run needs is broken.

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlora_core.cli.generate import load_run
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.cli.generate import open_run
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, make_registry, say_on_stderr, stdout
 from qlora_core.config import ProviderConfig
 from qlora_core.errors import DataError
 from qlora_core.parts import build
@@ -25,6 +25,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    trace: Trace = False,
 ) -> None:
     """Score a text with the base and the adapted model: perplexity over every token but the first of each block.
 
@@ -35,7 +36,8 @@ def evaluate(
     say_on_stderr(quiet=quiet, verbose=verbose)
     chosen = ProviderConfig(name="text", path=data)
     _, text = build(make_registry(modules, disable), "dataset", chosen, "--data")
-    run, adapter, model, tokenizer = load_run(source, modules, disable)
+    saved = open_run(source, modules, disable)
+    run, model, tokenizer = saved.run, saved.load_base(), saved.load_tokenizer()
     from qlora_core.data.encode import encode_split
     from qlora_core.evaluation import evaluate as score
 
@@ -44,7 +46,7 @@ def evaluate(
         raise DataError(f"--data {data}: no text")
     precision = run.config.training.mixed_precision
     base = score(model, blocks, batch_size=batch_size, mixed_precision=precision)
-    adapted = score(adapter.load(model, run.adapter), blocks, batch_size=batch_size, mixed_precision=precision)
+    adapted = score(saved.add_adapter(model), blocks, batch_size=batch_size, mixed_precision=precision)
     rows = {"base": base, "adapted": adapted}
     if as_json:
         report = {n: {"loss": s.loss, "perplexity": s.perplexity, "tokens": s.tokens} for n, s in rows.items()}

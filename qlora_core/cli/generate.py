@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Verbose, make_registry, say_on_stderr
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, make_registry, say_on_stderr
 from qlora_core.config import ModelConfig, ProviderConfig
 from qlora_core.errors import ConfigError
 from qlora_core.parts import build
+from qlora_core.run import Run
+from qlora_core.saved import SavedRun
 
-if TYPE_CHECKING:
-    import transformers
-
-    from qlora_core.providers import Adapter
-    from qlora_core.run import Run
-
-__all__ = ["LoadedRun", "generate", "load_run"]
+__all__ = ["generate", "open_run"]
 
 
 def generate(
@@ -37,6 +33,7 @@ def generate(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    trace: Trace = False,
 ) -> None:
     """Continue a prompt; the text comes as it is made.
 
@@ -74,36 +71,19 @@ def generate(
     sys.stdout.flush()
 
 
-class LoadedRun(NamedTuple):
-    """A finished run with its base model, to which `adapter.load(base, run.adapter)` adds the adapter."""
-
-    run: Run
-    adapter: Adapter
-    base: transformers.PreTrainedModel
-    tokenizer: transformers.PreTrainedTokenizerBase
-
-
-def load_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> LoadedRun:
-    """Return the run in *folder*; its dataset and callbacks need not be installed."""
-    from qlora_core.model import load_model, load_tokenizer
-    from qlora_core.run import Run
-
-    run = Run.open(folder)
-    config = run.config
+def open_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> SavedRun:
+    """Return the finished run in *folder*, with the plugins that its own configuration and the options name."""
+    config = Run.open(folder).config
     registry = make_registry([*config.plugins, *(modules or [])], [*config.disable_plugins, *(disable or [])])
-    _, quantizer = build(registry, "quantizer", config.quantizer, "quantizer")
-    _, adapter = build(registry, "adapter", config.adapter, "adapter")
-    tokenizer = load_tokenizer(ModelConfig(path=str(run.adapter), trust_remote_code=config.model.trust_remote_code))
-    return LoadedRun(run, adapter, load_model(config.model, quantizer, tokenizer=tokenizer), tokenizer)
+    return SavedRun.open(folder, registry)
 
 
 def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None) -> tuple[Any, Any]:
-    from qlora_core.model import load_model, load_tokenizer
-    from qlora_core.run import Run
-
     if Run.holds_a_run(Path(source)):
-        loaded = load_run(source, modules, disable)
-        return loaded.adapter.load(loaded.base, loaded.run.adapter), loaded.tokenizer
+        saved = open_run(source, modules, disable)
+        return saved.add_adapter(saved.load_base()), saved.load_tokenizer()
+    from qlora_core.model import load_model, load_tokenizer
+
     model = ModelConfig(path=source)
     _, stored = build(make_registry(modules, disable), "quantizer", ProviderConfig(name=quantizer), "--quantizer")
     return load_model(model, stored), load_tokenizer(model)

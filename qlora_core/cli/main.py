@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from qlora_core import __version__
-from qlora_core.cli import config, demo, doctor, evaluate, generate, plugins, train
+from qlora_core.calls import ProviderFailed
+from qlora_core.cli import config, demo, doctor, evaluate, export, generate, plugins, train
 from qlora_core.errors import QLoRAError
 
 __all__ = ["app", "main"]
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(plugins.app)
@@ -66,6 +68,8 @@ def _run(arguments: list[str]) -> int:
         if code == 128 + signal.SIGINT:  # how typer reports an interruption
             print("stopped", file=sys.stderr)
         return code
+    except ProviderFailed as error:
+        return _provider_failed(error, arguments, None)
     except QLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
         return 128 + getattr(error, "signal", 0) if hasattr(error, "signal") else 2
@@ -83,12 +87,21 @@ def _run(arguments: list[str]) -> int:
             return int(error.exit_code)
         folder = error.folder if isinstance(error, train.RunCrashed) else None
         cause = error.__cause__ if isinstance(error, train.RunCrashed) else error
+        if isinstance(cause, ProviderFailed):
+            return _provider_failed(cause, arguments, folder)
         print(
             f"error: {type(cause).__name__}: {cause}\nThis is a defect of qlora-core or of a plugin; "
             f"the traceback is in {_keep_traceback(arguments, folder)}",
             file=sys.stderr,
         )
         return 1
+
+
+def _provider_failed(error: ProviderFailed, arguments: list[str], folder: Path | None) -> int:
+    """Say whose defect it is. One of a stranger's plugin the user can mend: use another, or tell its author."""
+    remedy = "this is a defect of qlora-core" if error.ours else "tell its author, or choose another provider"
+    print(f"error: {error}\n{remedy}; the traceback is in {_keep_traceback(arguments, folder)}", file=sys.stderr)
+    return 1 if error.ours else 2
 
 
 def _split_resume(arguments: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qlora_core.registry import Registry
 
-__all__ = ["Disable", "Json", "Modules", "Quiet", "Set", "Verbose", "make_registry", "say_on_stderr", "stdout"]
+__all__ = ["Disable", "Json", "Modules", "Quiet", "Set", "Trace", "Verbose", "make_registry", "say_on_stderr", "stdout"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")]
@@ -31,6 +31,22 @@ Modules = Annotated[
 Disable = Annotated[
     list[str] | None,
     typer.Option("--disable-plugin", metavar="NAME", help="Don't import a plugin; also QLORA_DISABLE_PLUGINS. Repeatable."),
+]
+
+
+def _trace(wanted: bool) -> None:
+    if wanted:
+        os.environ["QLORA_TRACE"] = "1"  # for the processes that this one starts, too
+
+
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace",
+        help="Write each call into a plugin and its time to standard error; also QLORA_TRACE=1.",
+        is_eager=True,
+        callback=_trace,
+    ),
 ]
 
 

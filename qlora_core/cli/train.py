@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora_core import yaml_file
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.calls import ProviderFailed
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Trace, Verbose, make_registry, say_on_stderr, stdout
 from qlora_core.config import RunConfig
 from qlora_core.errors import ConfigError, QLoRAError
 from qlora_core.parts import Parts, resolve
@@ -46,6 +47,7 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    trace: Trace = False,
 ) -> None:
     """Fine-tune a model.
 
@@ -84,6 +86,8 @@ def run(resolved: RunConfig, parts: Parts, **options: Any) -> Finished:
 
     try:
         return execute(resolved, parts, **options)
+    except ProviderFailed as error:
+        raise RunCrashed(Path(resolved.output)) from error
     except (QLoRAError, KeyboardInterrupt):
         raise
     except Exception as error:

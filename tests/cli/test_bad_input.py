@@ -113,7 +113,7 @@ def test_a_malformed_override(refuse: Refuse, write_config: Callable[..., Path])
         ),
         ("adapter.target_modules=.*query", "adapter.target_modules: '.*query' matches nothing; the model's linear layers are "),
         ("adapter.modules_to_save=[head]", "adapter.modules_to_save: 'head' matches nothing; the model has "),
-        ("quantizer=nf5", "quantizer: unknown quantizer 'nf5'; did you mean 'nf4'?; installed: fp4, int8, nf4, none"),
+        ("quantizer=nf5", "quantizer: unknown quantizer 'nf5'; did you mean 'nf4'?; installed: ao_int8, fp4, int8, nf4, none"),
         ("adapter=none", "adapter: the adapter 'none' leaves nothing to train; choose another, such as lora"),
         (
             "adapter.init=pissa",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,16 @@ def test_what_the_user_can_mend_is_2(qlora: Callable[..., Any]) -> None:
     assert result.err.startswith("error: none.yaml: ")
 
 
-def test_a_defect_in_a_run_is_1_and_its_traceback_stays_with_the_run(
+def test_a_defect_of_a_plugin_in_a_run_is_2_and_its_traceback_stays_with_the_run(
     qlora: Callable[..., Any], odd: Callable[..., list[Any]], here: Path
 ) -> None:
     result = qlora(*odd(late="raise ZeroDivisionError('no luck')"), "-q", "--set", "quantizer=none")
     crash = here / "out" / "crash.txt"
-    assert (result.code, result.out) == (1, "")
-    assert result.err == (
-        f"error: ZeroDivisionError: no luck\nThis is a defect of qlora-core or of a plugin; the traceback is in {crash}\n"
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(
+        r"error: callback 'odd' of module 'odd_\d+' failed in on_step_end: ZeroDivisionError: no luck\n"
+        rf"tell its author, or choose another provider; the traceback is in {crash}\n",
+        result.err,
     )
     text = crash.read_text()
     assert text.startswith("qlora train ")
@@ -79,7 +82,8 @@ def test_a_defect_before_the_run_exists_leaves_its_traceback_in_a_temporary_file
     qlora: Callable[..., Any], odd: Callable[..., list[Any]], here: Path
 ) -> None:
     result = qlora(*odd(early="raise ZeroDivisionError('no luck')"), "-q")
-    assert result.code == 1
+    assert result.code == 2
+    assert " failed in training_arguments: ZeroDivisionError: no luck\n" in result.err
     found = re.search(r"the traceback is in (\S+)$", result.err.strip())
     assert found is not None
     crash = Path(found[1])
@@ -103,6 +107,25 @@ def test_a_defect_of_a_command_leaves_its_traceback_in_a_temporary_file(
     crash = Path(result.err.strip().rpartition(" ")[2])
     assert "ZeroDivisionError: no luck" in crash.read_text()
     crash.unlink()
+
+
+def test_a_defect_of_our_own_is_1_and_its_traceback_stays_with_the_run(
+    qlora: Callable[..., Any], write_config: Callable[..., Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qlora_console.progress
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr(qlora_console.progress.ProgressDisplay, "on_step_end", fail)
+    result = qlora("train", write_config(callbacks=["progress"]), "-q")
+    crash = here / "out" / "crash.txt"
+    assert (result.code, result.out) == (1, "")
+    assert result.err.endswith(
+        f"error: callback 'progress' of plugin 'console' (qlora-core {version('qlora-core')}) failed in on_step_end: "
+        f"ZeroDivisionError: no luck\nthis is a defect of qlora-core; the traceback is in {crash}\n"
+    )
+    assert "Traceback (most recent call last):" in crash.read_text()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])

@@ -48,7 +48,9 @@ def test_the_list_as_json_has_the_same(qlora: Callable[..., Any]) -> None:
         "distribution": "qlora-core",
         "version": version("qlora-core"),
         "module": "qlora_peft",
-        "provides": [{"kind": "adapter", "name": "lora"}],
+        "provides": [
+            {"kind": "adapter", "name": name, "qualified": f"peft:{name}", "ambiguous": False} for name in ("lora", "peft")
+        ],
     }
 
 
@@ -56,7 +58,7 @@ def test_a_module_beside_the_caller_is_listed(qlora: Callable[..., Any], write_m
     name = write_module("bell_in_list", BELL)
     plugin = listed(qlora, "-p", name)[name]
     assert (plugin["status"], plugin["distribution"]) == ("ok", None)
-    assert plugin["provides"] == [{"kind": "callback", "name": "bell"}]
+    assert plugin["provides"] == [{"kind": "callback", "name": "bell", "qualified": f"{name}:bell", "ambiguous": False}]
     assert f"module {name}" in qlora("plugins", "list", "--plugin", name).out
 
 
@@ -146,7 +148,9 @@ def test_brackets_in_a_description_stay_what_they_are(
 def test_an_unknown_name_gets_a_guess_and_what_is_installed(qlora: Callable[..., Any]) -> None:
     result = qlora("plugins", "show", "lorra")
     assert (result.code, result.out) == (2, "")
-    assert result.err.startswith("error: no plugin or provider 'lorra'; did you mean 'lora'?; installed: bitsandbytes, ")
+    assert result.err.startswith(
+        "error: no plugin or provider 'lorra'; did you mean 'lora'?; installed: ao_int8, bitsandbytes, "
+    )
 
 
 def test_showing_a_broken_or_disabled_plugin_says_what_is_wrong_with_it(

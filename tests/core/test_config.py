@@ -434,9 +434,9 @@ def test_what_goes_together_passes_the_check(registry: Registry, dataset: dict[s
         ("quantizer",),
         ("adapter",),
         ("dataset",),
-        ("kernels",),
         ("callbacks", 0),
     ]
+    assert parts.auto_kernels
 
 
 def test_a_plugin_module_that_fails_is_named_at_its_place(write_module: Callable[[str, str], str]) -> None:

@@ -42,6 +42,11 @@ PROVIDERS = {
             name = "mine"
             def build(self, run): return None
     """,
+    "qlora_exporters": """
+        class Mine(qlora_core.Exporter):
+            name = "mine"
+            def export(self, saved, folder): pass
+    """,
 }
 
 

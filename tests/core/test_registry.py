@@ -7,14 +7,16 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_core.errors import PluginError
+from qlora_core.hooks import ProviderHooks, hookspec
 from qlora_core.providers import CallbackFactory
 from qlora_core.registry import KINDS, Plugin, Registry, hook_name
 
-OURS = {"bitsandbytes", "console", "peft", "plain", "text"}
+OURS = {"bitsandbytes", "console", "merged", "peft", "plain", "text", "torchao"}
 Write = Callable[[str, str], str]
 Install = Callable[..., None]
 
@@ -67,6 +69,8 @@ def test_our_plugins_are_found_through_their_entry_points() -> None:
         ("callback", "progress", "console:progress"),
         ("callback", "early_stopping", "console:early_stopping"),
         ("callback", "transformers", "console:transformers"),
+        ("quantizer", "ao_int8", "torchao:ao_int8"),
+        ("exporter", "merged", "merged:merged"),
     ],
 )
 def test_each_of_our_providers_is_found_by_its_short_and_its_qualified_name(kind: str, name: str, qualified: str) -> None:
@@ -133,7 +137,9 @@ def test_a_blocked_plugin_is_never_imported() -> None:
         "print(sorted(n for n in sys.modules if n.startswith('qlora_') and '.' not in n))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['qlora_bitsandbytes', 'qlora_console', 'qlora_core', 'qlora_plain']"
+    assert done.stdout.strip() == (
+        "['qlora_bitsandbytes', 'qlora_console', 'qlora_core', 'qlora_merged', 'qlora_plain', 'qlora_torchao']"
+    )
 
 
 def test_a_module_named_by_hand_can_be_blocked_too(write_module: Write) -> None:
@@ -157,16 +163,40 @@ BROKEN = {
     "syntax_error": ("def f(:", "SyntaxError: "),
     "system_exit": ("raise SystemExit(3)", "SystemExit: 3"),
     "no_hook": (
-        "def qlora_callbacks(): return []",
+        "def callbacks(): return []",
         "no_hook_plugin implements no hook; mark one of qlora_quantizers, qlora_adapters, qlora_datasets, qlora_kernels, "
-        "qlora_callbacks with qlora_core.hookimpl",
+        "qlora_callbacks, qlora_exporters with qlora_core.hookimpl",
     ),
-    "misspelt_hook": (HEAD + "@hookimpl\ndef qlora_calbacks(): return []", "qlora_calbacks"),
+    "unmarked_hook": (
+        HEAD + "def qlora_callbacks(): return []\n@hookimpl\ndef qlora_quantizers(): return []",
+        "qlora_callbacks is not marked; put @qlora_core.hookimpl above it, or give it another name",
+    ),
+    "argument_with_default": (
+        HEAD + "@hookimpl\ndef qlora_callbacks(sort=True): return []",
+        "qlora_callbacks: the argument 'sort' has a default and would never be passed; leave the default out",
+    ),
+    "later_hook_api": (
+        HEAD + "qlora_hook_api = 2\n@hookimpl\ndef qlora_callbacks(): return []",
+        "later_hook_api_plugin was built for hook API 2 and this qlora-core has 1; upgrade qlora-core, "
+        "or install an older version of the plugin",
+    ),
+    "options_of_another_kind": (
+        HEAD + "class A(CallbackFactory):\n    name = 'a'\n    class Options: pass\n    def build(self, run): pass\n"
+        "@hookimpl\ndef qlora_callbacks(): return [A]",
+        "qlora_callbacks: A.Options must be a subclass of qlora_core.ProviderOptions",
+    ),
+    "misspelt_hook": (
+        HEAD + "@hookimpl\ndef qlora_calbacks(): return []",
+        "qlora_calbacks is no hook; did you mean 'qlora_callbacks'?; this qlora-core has qlora_quantizers, ",
+    ),
     "misspelt_beside_right": (
         HEAD + "@hookimpl\ndef qlora_calbacks(): return []\n@hookimpl\ndef qlora_quantizers(): return []",
         "qlora_calbacks",
     ),
-    "unknown_argument": (HEAD + "@hookimpl\ndef qlora_callbacks(registry): return []", "registry"),
+    "unknown_argument": (
+        HEAD + "@hookimpl\ndef qlora_callbacks(registry): return []",
+        "qlora_callbacks: the argument 'registry' is unknown to hook API 1; upgrade qlora-core, or drop it",
+    ),
     "returns_none": (
         HEAD + "@hookimpl\ndef qlora_callbacks(): pass",
         "qlora_callbacks: must return a list of CallbackFactory classes (got NoneType)",
@@ -293,7 +323,7 @@ def test_a_builtin_name_has_no_precedence(write_module: Write) -> None:
 
 def test_an_unknown_name_gets_a_guess_and_what_is_installed() -> None:
     assert refusal(Registry(), "quantizer", "nf5").startswith(
-        "unknown quantizer 'nf5'; did you mean 'nf4'?; installed: fp4, int8, nf4, none"
+        "unknown quantizer 'nf5'; did you mean 'nf4'?; installed: ao_int8, fp4, int8, nf4, none"
     )
 
 
@@ -306,13 +336,19 @@ def test_an_unknown_name_names_failed_and_disabled_plugins(write_module: Write) 
     name = write_module("failing_plugin", "raise RuntimeError('no luck')")
     message = refusal(Registry(modules=[name], disable=["bitsandbytes"]), "quantizer", "nf4")
     assert message.startswith("unknown quantizer 'nf4'")
-    assert "installed: none" in message
+    assert "installed: ao_int8, none" in message
     assert "; plugin 'failing_plugin' failed to load (RuntimeError: no luck)" in message
     assert "; plugin 'bitsandbytes' is disabled" in message
 
 
 def test_providers_come_in_the_order_of_their_names() -> None:
-    assert [found.provider.name for found in Registry(disable=[]).provided("quantizer")] == ["fp4", "int8", "nf4", "none"]
+    assert [found.provider.name for found in Registry(disable=[]).provided("quantizer")] == [
+        "ao_int8",
+        "fp4",
+        "int8",
+        "nf4",
+        "none",
+    ]
 
 
 def test_every_hook_is_called_only_once(write_module: Write) -> None:
@@ -333,4 +369,49 @@ def test_hook_names_are_plurals_of_kinds() -> None:
         "qlora_datasets",
         "qlora_kernels",
         "qlora_callbacks",
+        "qlora_exporters",
     ]
+
+
+# Versions of the hooks
+
+
+class LaterHooks(ProviderHooks):
+    """What a later version might be: one hook has got an argument."""
+
+    @hookspec
+    def qlora_callbacks(self, interactive: bool) -> list[type[CallbackFactory]]:
+        """Callbacks this plugin provides."""
+
+
+class LaterRegistry(Registry):
+    hooks = LaterHooks
+
+    def _arguments(self, kind: str) -> dict[str, Any]:
+        return {"interactive": True} if kind == "callback" else {}
+
+
+def test_a_plugin_goes_on_working_when_its_hook_gets_an_argument(write_module: Write) -> None:
+    old = write_module("bell_of_today", CALLBACK)
+    new = write_module("bell_of_tomorrow", CALLBACK.replace("qlora_callbacks()", "qlora_callbacks(interactive)"))
+    registry = LaterRegistry(modules=[old, new])
+    assert registry.find("callback", f"{old}:bell").plugin.status == "ok"
+    assert registry.find("callback", f"{new}:bell").plugin.status == "ok"
+    assert {plugin(registry, ours).status for ours in OURS} == {"ok"}
+    today = Registry(modules=[old, new])
+    assert today.find("callback", "bell").plugin.name == old
+    assert plugin(today, new).failure.startswith(
+        "qlora_callbacks: the argument 'interactive' is unknown to hook API 1; upgrade"
+    )
+
+
+def test_a_plugin_for_this_version_of_the_hooks_is_taken(write_module: Write) -> None:
+    name = write_module("bell_that_says_its_version", "qlora_hook_api = 1\n" + textwrap.dedent(CALLBACK))
+    assert Registry(modules=[name]).find("callback", "bell").plugin.name == name
+
+
+@pytest.mark.parametrize("name", ["plugins/bell.py", "bell.py"])
+def test_a_file_in_place_of_a_module_is_said_to_be_one(name: str) -> None:
+    assert plugin(Registry(modules=[name]), name).failure == (
+        f"{name!r} is a file; name the module, my_plugin for my_plugin.py, from the folder it lies in"
+    )

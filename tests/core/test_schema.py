@@ -126,7 +126,7 @@ def test_the_starter_file_explains_every_key(starter: Path) -> None:
 
 def test_the_starter_file_names_what_else_is_installed(starter: Path) -> None:
     text = starter.read_text(encoding="utf-8")
-    assert "# how the frozen base model is stored; installed: fp4, int8, nf4, none" in text
+    assert "# how the frozen base model is stored; installed: ao_int8, fp4, int8, nf4, none" in text
 
 
 @pytest.mark.parametrize(
