@@ -15,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/qlora demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,11 +1,11 @@
-"""Adapter `lora` by PEFT, with its variants (DoRA, rsLoRA, PiSSA) as options. Light: imports no torch."""
+"""Adapters by PEFT: `lora` with its variants (DoRA, rsLoRA, PiSSA), and `peft`, any other method by name. Imports no torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,6 +14,7 @@ from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
 from qlora_core.providers import Adapter, ProviderOptions
+from qlora_peft.methods import NEVER, why_not
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ class LoRA(Adapter):
 
     name = "lora"
     trains_new_tokens = True
+    mergeable = True
     Options = LoRAOptions
     options: LoRAOptions
 
@@ -107,12 +109,96 @@ class LoRA(Adapter):
 
         return load(model, folder)
 
+    def merge(self, model: torch.nn.Module) -> transformers.PreTrainedModel:
+        """Return the plain model with the weights W + (alpha / r) * B @ A."""
+        return model.merge_and_unload()  # type: ignore[operator, return-value]
+
     def may_train(self, name: str) -> bool:
         """Return whether *name* is a bias that the option `bias` asks to train."""
         return self.options.bias != "none" and name.endswith(".bias")
 
 
+class AnyPEFTOptions(ProviderOptions):
+    """What `peft` accepts."""
+
+    method: str = Field(description="PEFT's name of the method: ia3, vera, boft, oft, randlora, prompt_tuning and others")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="fields of that method's PEFT configuration, by their own names"
+    )
+
+
+class AnyPEFT(Adapter):
+    """Any method of PEFT by its name: all linear layers but the head by default, its own fields in `config`.
+
+    Most methods begin as the base model; c3a, fourierft, vblora and the prompts do not, unless `config` asks them to.
+    """
+
+    name = "peft"
+    mergeable = True
+    Options = AnyPEFTOptions
+    options: AnyPEFTOptions
+
+    @classmethod
+    def example(cls, folder: Path) -> dict[str, Any]:
+        """Return a method that works with every quantizer."""
+        return {"method": "ia3"}
+
+    def check(self, config: RunConfig, parts: Parts) -> None:
+        """Refuse methods that need more than a text, and those that read weights which the quantizer has packed."""
+        method, fields = self.options.method, self.options.config
+        if method in NEVER:
+            raise ConfigError([Problem(("method",), f"{method} can't be trained here: {NEVER[method]}")])
+        what = why_not(method, parts.quantizer.name) if parts.quantizer.quantizes else ""
+        if what:
+            raise ConfigError([Problem(("method",), what)])
+        if fields.get("use_dora") and parts.quantizer.name == "int8":
+            what = "PEFT loses the scales of int8 layers on the CPU when DoRA dequantises them; use nf4, or use_dora: false"
+            raise ConfigError([Problem(("config", "use_dora"), what)])
+
+    def check_libraries(self) -> None:
+        """Refuse a method that PEFT has not, and fields that its configuration does not take."""
+        from qlora_peft.anymethod import check_options
+
+        check_options(self.options)
+
+    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
+        """Refuse names of modules that match nothing."""
+        from qlora_peft.anymethod import check_names
+
+        check_names(skeleton, self.options)
+
+    def inject(self, model: transformers.PreTrainedModel, new_token_ids: Sequence[int] = ()) -> torch.nn.Module:
+        """Return a PeftModel around *model*."""
+        from qlora_peft.anymethod import inject
+
+        return inject(model, self.options)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write PEFT's own format; it loads with `peft.PeftModel.from_pretrained` on the plain base."""
+        from qlora_peft.injection import save
+
+        save(model, folder)
+
+    def load(self, model: transformers.PreTrainedModel, folder: Path) -> torch.nn.Module:
+        """Return a PeftModel with the adapter in *folder*."""
+        from qlora_peft.anymethod import mend
+        from qlora_peft.injection import load
+
+        return mend(load(model, folder))
+
+    def merge(self, model: torch.nn.Module) -> transformers.PreTrainedModel:
+        """Return the plain model, or raise ModelError where the method does not change weights (prompts, lily)."""
+        from qlora_peft.anymethod import merge
+
+        return merge(model, self.options.method)
+
+    def may_train(self, name: str) -> bool:
+        """Return whether *name* is a bias that `config` asks to train; PEFT saves those of lora only."""
+        lora = self.options.method == "lora"
+        return lora and self.options.config.get("bias", "none") != "none" and name.endswith(".bias")
+
+
 @hookimpl
 def qlora_adapters() -> list[type[Adapter]]:
-    """Provide `lora`."""
-    return [LoRA]
+    """Provide `lora` and `peft`."""
+    return [LoRA, AnyPEFT]

@@ -1,10 +1,11 @@
-"""What touches PEFT itself: its LoraConfig, injection, saving and loading. Imported late."""
+"""What touches PEFT itself: its LoraConfig, injection, saving and loading, and its refusals. Imported late."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers.pytorch_utils import Conv1D
 
-from qlora_core.errors import ConfigError, Problem
+from qlora_core.errors import ConfigError, ModelError, Problem
 
 if TYPE_CHECKING:
     import transformers
@@ -58,13 +59,7 @@ def check_targets(skeleton: transformers.PreTrainedModel, options: LoRAOptions) 
                 raise ConfigError([Problem(("target_modules",), f"{target!r} matches nothing; {_names(linear)}")])
     if not matched:
         raise ConfigError([Problem(("target_modules",), f"{options.target_modules!r} matches nothing; {_names(linear)}")])
-    modules = dict(skeleton.named_modules())
-    for name in options.modules_to_save:
-        if not any(path == name or path.endswith(f".{name}") for path in modules):
-            known = ", ".join(
-                sorted({path.rpartition(".")[2] for path in modules if not path.rpartition(".")[2].isdigit()} - {""})
-            )
-            raise ConfigError([Problem(("modules_to_save",), f"{name!r} matches nothing; the model has {known}")])
+    check_modules_to_save(skeleton, options.modules_to_save, "modules_to_save")
     name, limit = min(((n, min(m.weight.shape)) for n, m in matched.items()), key=lambda pair: pair[1])
     if options.r > limit:
         shape = " x ".join(str(side) for side in matched[name].weight.shape)
@@ -72,10 +67,36 @@ def check_targets(skeleton: transformers.PreTrainedModel, options: LoRAOptions) 
         raise ConfigError([Problem(("r",), what)])
 
 
+def check_modules_to_save(skeleton: transformers.PreTrainedModel, names: Sequence[str], *where: str) -> None:
+    """Raise ConfigError, located at *where*, for the first of *names* that matches no module."""
+    paths = [path for path, _ in skeleton.named_modules()]
+    for name in names:
+        if not any(path == name or path.endswith(f".{name}") for path in paths):
+            known = sorted({path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()} - {""})
+            raise ConfigError([Problem(where, f"{name!r} matches nothing; the model has {', '.join(known)}")])
+
+
+@contextlib.contextmanager
+def refusals(adapter: str) -> Iterator[None]:
+    """Turn what PEFT raises, for a model or options that it can't work with, into a ModelError that names *adapter*."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # NotImplementedError is a RuntimeError
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"adapter {adapter!r} can't be added to this model: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message, which is often a page long."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def inject(model: transformers.PreTrainedModel, options: LoRAOptions, new_token_ids: Sequence[int]) -> PeftModel:
     """Return *model* with LoRA layers, A and B in float32."""
     config = lora_config(options, _token_rows(model, new_token_ids) if new_token_ids else None)
-    with warnings.catch_warnings():
+    with refusals("lora"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # Conv1D: PEFT mends the setting itself
         adapted = get_peft_model(model, config)
         if options.init == "pissa":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from qlora_core.training.arguments import training_arguments
 __all__ = ["CallbackConformance"]
 
 EVENTS = ("on_init_end", "on_train_begin", "on_epoch_begin", "on_step_begin", "on_step_end", "on_log", "on_train_end")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what a callback prints from the report."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 class CallbackConformance(Conformance):
@@ -50,7 +58,7 @@ class CallbackConformance(Conformance):
 
     def test_it_survives_an_empty_run(self) -> None:
         """a run that ends before its first step is no error"""
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder, _silence():
             factory, callback = self.built(folder)
             model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model())
             state, control = transformers.TrainerState(), transformers.TrainerControl()
@@ -61,7 +69,7 @@ class CallbackConformance(Conformance):
 
     def test_it_goes_through_a_run(self) -> None:
         """three steps with an evaluation and a checkpoint go through"""
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with tempfile.TemporaryDirectory() as folder, _silence():
             finished = finetune(
                 tiny_config(),
                 Plain(),
