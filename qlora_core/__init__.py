@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
     from qlora_core.data.encode import Encoded, encode, encode_split
-    from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, QLoRAError, RunError
+    from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, Problem, QLoRAError, RunError
     from qlora_core.evaluation import evaluate
     from qlora_core.footprint import Footprint
     from qlora_core.generation import generate
@@ -38,7 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "config": ("DataConfig", "ModelConfig", "RunConfig", "TokensConfig", "TrainingConfig"),
     "data.encode": ("Encoded", "encode", "encode_split"),
-    "errors": ("ConfigError", "DataError", "ModelError", "PluginError", "QLoRAError", "RunError"),
+    "errors": ("ConfigError", "DataError", "ModelError", "PluginError", "Problem", "QLoRAError", "RunError"),
     "evaluation": ("evaluate",),
     "footprint": ("Footprint",),
     "generation": ("generate",),
@@ -78,6 +78,7 @@ __all__ = [
     "ModelError",
     "Parts",
     "PluginError",
+    "Problem",
     "Provider",
     "ProviderOptions",
     "QLoRAError",

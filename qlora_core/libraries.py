@@ -32,6 +32,8 @@ def import_libraries() -> None:
     if hub_kernels is not None:  # imported before us, so the environment came too late
         hub_kernels._kernels_enabled = False  # type: ignore[attr-defined]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns of a cast in every product
+    for name in ("torchao", "torch.utils._pytree"):  # of kernels for other devices, when peft or transformers import torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -64,12 +64,14 @@ class Parts:
             raise ConfigError(problems)
 
     def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
-        """Let the adapter refuse the model, known by its *skeleton* on the meta device; raise ConfigError."""
-        try:
-            with calling(self.adapter, "check_model"):
-                self.adapter.check_model(skeleton)
-        except ConfigError as error:
-            raise error.under("adapter") from None
+        """Let quantizer and adapter refuse the model, known by its *skeleton* on the meta device; raise ConfigError."""
+        checked: list[tuple[str, Quantizer | Adapter]] = [("quantizer", self.quantizer), ("adapter", self.adapter)]
+        for where, provider in checked:
+            try:
+                with calling(provider, "check_model"):
+                    provider.check_model(skeleton)
+            except ConfigError as error:
+                raise error.under(where) from None
 
     def check_libraries(self) -> None:
         """Refuse a provider that this machine lacks something for, and let each check what it passes on to a library.

@@ -92,6 +92,12 @@ class Quantizer(Provider):
     mergeable: ClassVar[bool] = True
     """False where `dequantize` can't stand for the layer, so that adding the adapter to it would give another model."""
 
+    def check_model(self, skeleton: transformers.PreTrainedModel) -> None:
+        """Raise ConfigError where this quantizer does not fit the model: it has no layer that can be packed, say.
+
+        *skeleton* is on the meta device; this is called before any weight is loaded.
+        """
+
     @abstractmethod
     def load_kwargs(self, skeleton: transformers.PreTrainedModel) -> dict[str, Any]:
         """Return arguments for `AutoModelForCausalLM.from_pretrained`.

@@ -63,8 +63,9 @@ class AdapterConformance(Conformance):
         base = self.base()
         own = {id(parameter): name for name, parameter in base.named_parameters()}
         adapter, model = self.adapted(base)
-        model.train()
-        loss_of(model).backward()
+        loss = loss_of(model.train())
+        assert loss.requires_grad, "no gradient reaches its parameters; the forward pass uses none of them"
+        loss.backward()
         touched = [own[id(p)] for p in model.parameters() if p.grad is not None and id(p) in own]
         wrong = [name for name in touched if not adapter.may_train(name)]
         assert not wrong, f"{wrong[0]}, of the base, got a gradient"
@@ -81,6 +82,7 @@ class AdapterConformance(Conformance):
         before = _logits(base)
         adapter, model = self.adapted(base)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        model.train()
         for _ in range(2):
             loss_of(model).backward()
             optimizer.step()

@@ -44,12 +44,17 @@ class DatasetConformance(Conformance):
     def _check_row(self, split: str, index: int, row: dict[str, Any]) -> None:
         if "text" in row:
             assert isinstance(row["text"], str), f"{split}, row {index}: text is {row['text']!r}"
+            goes_on = row.get("continues", False)
+            assert isinstance(goes_on, bool), f"{split}, row {index}: continues is {goes_on!r}, neither True nor False"
             return
         assert row["input_ids"], f"{split}, row {index}: no tokens"
         assert all(isinstance(i, int) and i >= 0 for i in row["input_ids"]), f"{split}, row {index}: input_ids are no token ids"
         labels = row.get("labels", row["input_ids"])
         assert len(labels) == len(row["input_ids"]), (
             f"{split}, row {index}: {len(labels)} labels for {len(row['input_ids'])} tokens"
+        )
+        assert all(isinstance(i, int) and (i >= 0 or i == -100) for i in labels), (
+            f"{split}, row {index}: labels are neither token ids nor -100"
         )
 
     def test_two_readings_are_the_same(self) -> None:
@@ -69,7 +74,10 @@ class DatasetConformance(Conformance):
 
     def test_the_rows_become_blocks(self) -> None:
         """the core makes blocks of tokens of the rows"""
-        data = DataConfig(sequence_length=16)
+        rows = self.rows("train")
+        assert rows is not None, "the training split is None"
+        tokens = rows["input_ids"] if "input_ids" in getattr(rows, "column_names", ()) else ()
+        data = DataConfig(sequence_length=max([16, *map(len, tokens)]))  # rows of tokens are blocks already, of any length
         blocks = encode_split(self.usable(), "train", load_tokenizer(tiny_config()), data, keep_rest=True)
         assert blocks is not None, "the training split is None"
         assert len(blocks) > 0, "the rows give no block of tokens"

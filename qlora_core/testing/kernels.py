@@ -52,6 +52,7 @@ class KernelsConformance(Conformance):
         results = []
         for model in (plain, fast):
             loss = loss_of(model.train())
+            assert loss.requires_grad, "no gradient reaches the adapter"
             loss.backward()
             results.append({"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}})
         wanted, got = results

@@ -66,6 +66,7 @@ class QuantizerConformance(Conformance):
             y = layer(x)
             bias = layer.bias if layer.bias is not None else 0
             self._close(y.detach(), (x @ weight.T + bias).detach(), f"{name}: the layer's output is not x Q(W)^T")
+            assert y.requires_grad, f"{name}: no gradient goes through the layer to its input"
             g = torch.randn_like(y)
             (grad,) = torch.autograd.grad(y, x, g)
             self._close(grad, g @ weight, f"{name}: the gradient of the layer's input is not g Q(W)")
@@ -90,8 +91,9 @@ class QuantizerConformance(Conformance):
         adapted = inject_adapter(model, LowRank())
         for parameter in (p for p in adapted.parameters() if p.requires_grad):
             torch.nn.init.normal_(parameter, std=0.1)
-        adapted.train()
-        loss_of(adapted).backward()
+        loss = loss_of(adapted.train())
+        assert loss.requires_grad, "no gradient reaches the adapter"
+        loss.backward()
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
                 assert parameter.grad is not None, f"{name} got no gradient"
