@@ -53,7 +53,7 @@ def config_schema(registry: Registry) -> dict[str, Any]:
                     "description": options.get("description", ""),
                     "properties": {"name": names, **options["properties"]} if "properties" in options else {"name": names},
                     "required": ["name", *options.get("required", [])],
-                    "additionalProperties": False,
+                    "additionalProperties": "properties" not in options,  # False but where the options are not known
                 },
             ]
         described = {"description": properties[section]["description"]}

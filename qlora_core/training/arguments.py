@@ -80,7 +80,7 @@ def training_arguments(
     import_libraries()
     import transformers
 
-    _check_names(training)
+    _check_names(training, wanted or {})
     device = pick_device()
     precision = pick_precision(training.mixed_precision, device)
     arguments = {
@@ -132,7 +132,7 @@ def _checkpointing(training: TrainingConfig) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _check_names(training: TrainingConfig) -> None:
+def _check_names(training: TrainingConfig, wanted: Mapping[str, Any]) -> None:
     import transformers
     from transformers.training_args import OptimizerNames
 
@@ -162,5 +162,12 @@ def _check_names(training: TrainingConfig) -> None:
             except ValidationError:
                 what = f"must be {hints[name].__name__} (got {training.extra[name]!r})"
                 problems.append(Problem(("training", "extra", name), what))
+    for name in wanted:
+        if name in OWNED or name in FIXED or name in UNSUPPORTED:
+            place = OWNED.get(name) or "the run directory"
+            problems.append(Problem(("callbacks",), f"one asks for the training argument {name}, which is up to {place}"))
+        elif name not in fields:
+            what = f"one asks for {name}, no field of transformers.TrainingArguments{did_you_mean(name, fields)}"
+            problems.append(Problem(("callbacks",), what))
     if problems:
         raise ConfigError(problems)

@@ -258,6 +258,22 @@ def test_a_broken_provider_takes_down_nothing_that_does_not_use_it(
         ("missing", "return 'a CUDA device'", "error: quantizer: 'broken_q' needs a CUDA device; this machine has it not"),
         ("build", "return 3", "error: callback 'broken_c': build must return a transformers.TrainerCallback (got 3)"),
         ("examples", "return [1]", "error: dataset 'broken_d': examples must return a datasets.Dataset or None (got list)"),
+        (
+            "training_arguments",
+            "return {'learning_rate': 1.0}",
+            "error: callbacks: one asks for the training argument learning_rate, which is up to training.learning_rate",
+        ),
+        (
+            "training_arguments",
+            "return {'remove_unused_columns': True}",
+            "error: callbacks: one asks for the training argument remove_unused_columns, which is up to the run directory",
+        ),
+        (
+            "training_arguments",
+            "return {'logging_frst_step': True}",
+            "error: callbacks: one asks for logging_frst_step, no field of "
+            "transformers.TrainingArguments; did you mean 'logging_first_step'?",
+        ),
         ("check", "raise qlora_core.ConfigError('not today')", "error: quantizer: not today"),
     ],
 )

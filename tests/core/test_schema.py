@@ -178,3 +178,34 @@ def test_defaults_read_as_they_would_be_written(default: Any, text: str) -> None
 
 def test_a_field_without_a_default_is_required() -> None:
     assert default_text(FieldInfo(annotation=int)) == "required"
+
+
+ODD = """
+    import threading
+    from pydantic import ConfigDict
+    from qlora_core import CallbackFactory, ProviderOptions, hookimpl
+
+    class Odd(CallbackFactory):
+        "Options that no JSON Schema can describe."
+        name = "odd"
+
+        class Options(ProviderOptions):
+            model_config = ConfigDict(arbitrary_types_allowed=True)
+            lock: threading.Thread | None = None
+            "a thread"
+
+        def build(self, run): return None
+
+    @hookimpl
+    def qlora_callbacks(): return [Odd]
+"""
+
+
+def test_options_without_a_json_schema_are_let_be_and_the_rest_is_described(write_module: Callable[[str, str], str]) -> None:
+    schema = config_schema(Registry(modules=[write_module("odd_options", ODD)]))
+    choices = schema["properties"]["callbacks"]["items"]["anyOf"]
+    described = {choice["properties"]["name"]["enum"][0]: choice for choice in choices if choice.get("type") == "object"}
+    assert described["odd"]["additionalProperties"] is True
+    assert described["odd"]["description"].startswith("odd: no JSON Schema, ")
+    assert described["early_stopping"]["additionalProperties"] is False
+    assert "patience" in described["early_stopping"]["properties"]
