@@ -7,9 +7,11 @@ this distribution provides is described, whatever else is installed. A test fail
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": TrainingConfig,
 }
 PROVIDED = {"quantizer", "adapter", "dataset", "kernels"}
+LISTED = {"callbacks", "exports"}
 REGION = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -52,14 +55,14 @@ def configuration_top() -> str:
     """Describe the top level: short forms, where each section is described."""
     rows = []
     for name, field in RunConfig.model_fields.items():
-        kind = "a provider" if name in PROVIDED else "list of providers" if name == "callbacks" else type_text(field.annotation)
+        kind = "a provider" if name in PROVIDED else "list of providers" if name in LISTED else type_text(field.annotation)
         if name in SECTIONS:
             kind = f"[section](#{name})"
         default = field.default
         shown = "required" if field.is_required() else ""
         if not shown and name in PROVIDED:
             shown = _code(default.name)
-        elif not shown and name == "callbacks":
+        elif not shown and name in LISTED:
             shown = _code(f"[{', '.join(choice.name for choice in default)}]")
         elif not shown and name not in SECTIONS:
             shown = _code(default_text(field))
@@ -97,17 +100,12 @@ def hooks() -> str:
         hook = getattr(ProviderHooks, hook_name(kind))
         parts.append(f"## `{hook_name(kind)}`\n\n{inspect.getdoc(hook)}\n")
         parts.append(f"Returns a list of `{base.__name__}` classes. {inspect.getdoc(base)}\n")
-        attributes = [
-            [f"`{name}`", _code(repr(getattr(base, name)))]
-            for name in base.__annotations__
-            if name not in ("name", "options") and hasattr(base, name)
-        ]
+        attributes = [row for row in _attributes(base) if row[0] not in ("`name`", "`options`")]
         if attributes:
-            parts.append(table(["class attribute", "default"], attributes))
+            parts.append(table(["class attribute", "default", "meaning"], attributes))
         rows = [
             [f"`{name}{_signature(member)}`", "yes" if name in base.__abstractmethods__ else "no", _first(member)]
-            for name, member in vars(base).items()
-            if inspect.isfunction(member) and not name.startswith("_")
+            for name, member in _methods(base)
         ]
         parts.append(table(["method", "must implement", "what it does"], rows))
     return "\n".join(parts)
@@ -116,12 +114,29 @@ def hooks() -> str:
 def provider_methods() -> str:
     """Describe what all kinds have in common."""
     base = next(iter(KINDS.values())).__mro__[1]
-    rows = [
-        [f"`{name}{_signature(member)}`", _first(member)]
-        for name, member in vars(base).items()
-        if inspect.isfunction(member) and not name.startswith("_")
-    ]
+    rows = [[f"`{name}{_signature(member)}`", _first(member)] for name, member in _methods(base)]
     return table(["method", "what it does"], rows)
+
+
+def kits() -> dict[str, type[Any]]:
+    """Return the conformance kit of each kind."""
+    from qlora_core import testing
+
+    found = [kit for kit in vars(testing).values() if inspect.isclass(kit) and hasattr(kit, "kind")]
+    return {kit.kind: kit for kind in KINDS for kit in found if kit.kind == kind}
+
+
+def conformance() -> str:
+    """Describe every check of the conformance kit, those of all kinds first."""
+    base = next(iter(kits().values())).__mro__[1]
+    parts = []
+    for heading, kit in (("every kind", base), *kits().items()):
+        parts.append(f"## {heading}\n\nClass `{kit.__name__}`. {inspect.getdoc(kit)}\n")
+        if attributes := [row for row in _attributes(kit) if row[2]]:
+            parts.append(table(["class attribute", "default", "meaning"], attributes))
+        checks = [[f"`{name}`", " ".join(_first(member).split())] for name, member in _methods(kit) if name.startswith("test_")]
+        parts.append(table(["check", "what it demands"], checks))
+    return "\n".join(parts)
 
 
 def commands() -> str:
@@ -146,6 +161,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "providers": providers,
     "hooks": hooks,
     "provider-methods": provider_methods,
+    "conformance": conformance,
     "commands": commands,
 }
 
@@ -178,11 +194,33 @@ def _parameter(parameter: Any) -> list[str]:
     return [f"`{name}`", shown, parameter.help or ""]
 
 
+def _methods(owner: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the public methods that *owner* itself defines, class methods too, with their names."""
+    for name, member in vars(owner).items():
+        function = member.__func__ if isinstance(member, classmethod) else member
+        if inspect.isfunction(function) and not name.startswith("_"):
+            yield name, function
+
+
+def _attributes(owner: type[Any]) -> list[list[str]]:
+    """Return name, default and the docstring below it of each attribute that *owner* itself defines."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+    rows = []
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+            is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            meaning = inspect.cleandoc(following.value.value) if is_text else ""
+            default = _code(ast.unparse(statement.value)) if statement.value is not None else ""
+            rows.append([f"`{target.id}`", default, meaning])
+    return rows
+
+
 def _signature(function: Any) -> str:
     names = [
         f"{name}={parameter.default!r}" if parameter.default is not inspect.Parameter.empty else name
         for name, parameter in inspect.signature(function).parameters.items()
-        if name != "self"
+        if name not in ("self", "cls")
     ]
     return f"({', '.join(names)})"
 

@@ -341,10 +341,12 @@ def _most_suitable(config: RunConfig, parts: Parts) -> Kernels | None:
         name = describe_provider(kernels)["provider"]
         try:
             with calling(kernels, "suits"):
-                lacking = kernels.missing()
-                kernels.check(config, parts)
-                kernels.check_libraries()
-                rank = 0 if lacking else kernels.suits(device)
+                rank = kernels.suits(device)
+            if rank > 0:
+                with calling(kernels, "check"):
+                    kernels.check(config, parts)
+                with calling(kernels, "missing"):
+                    rank = 0 if kernels.missing() else rank
         except QLoRAError as error:
             logger.warning("kernels: auto leaves out %r: %s", name, error)
             continue

@@ -60,9 +60,8 @@ def hook_problems(module: Any, hooks: type = ProviderHooks) -> list[str]:
     for name, function in functions.items():
         marked = hasattr(function, f"{PROJECT}_impl")
         if marked and name not in known:
-            problems.append(
-                f"{name} is no hook{did_you_mean(name, known)}; this qlora-core has {', '.join(known)} (hook API {HOOK_API})"
-            )
+            others = f"it has {', '.join(known)}{did_you_mean(name, known)}"
+            problems.append(f"{name} is no hook of this qlora-core (hook API {HOOK_API}); {others}")
         elif name.startswith("qlora_") and not marked:
             problems.append(f"{name} is not marked; put @qlora_core.hookimpl above it, or give it another name")
         elif marked:

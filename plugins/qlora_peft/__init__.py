@@ -14,7 +14,7 @@ from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
 from qlora_core.providers import Adapter, ProviderOptions
-from qlora_peft.methods import NEVER, why_not
+from qlora_peft.methods import NEVER, UNMERGEABLE, why_not
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +134,13 @@ class AnyPEFT(Adapter):
     """
 
     name = "peft"
-    mergeable = True
     Options = AnyPEFTOptions
     options: AnyPEFTOptions
+
+    @property
+    def mergeable(self) -> bool:  # type: ignore[override]
+        """Whether the method is a change of weights."""
+        return self.options.method not in UNMERGEABLE
 
     @classmethod
     def example(cls, folder: Path) -> dict[str, Any]:

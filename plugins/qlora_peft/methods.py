@@ -42,6 +42,9 @@ NEVER: dict[str, str] = {
 OWN_TARGETS = frozenset({"adaption_prompt", "beft", "ia3", "ln_tuning", "trainable_tokens"})
 """Methods that are not for all linear layers; where the user names none, PEFT knows them for each architecture."""
 
+UNMERGEABLE = frozenset({"adaption_prompt", "beft", "cartridge", "lily", "p_tuning", "prefix_tuning", "prompt_tuning"})
+"""Methods that are no change of the weights: prompts, and what PEFT can't merge (beft on layers without a bias)."""
+
 LENGTHENS = frozenset({"p_tuning", "prompt_tuning"})
 """Methods that put virtual tokens before the text, which get logits too."""
 

@@ -10,9 +10,8 @@ import typer
 
 from qlora_core.cli.generate import open_run
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, make_registry, say_on_stderr, stdout
-from qlora_core.config import ProviderConfig
-from qlora_core.errors import ConfigError, RunError
-from qlora_core.parts import Parts, build
+from qlora_core.errors import ConfigError, PluginError, Problem, RunError
+from qlora_core.parts import Parts, made
 from qlora_core.yaml_file import scalar
 
 __all__ = ["export"]
@@ -49,7 +48,12 @@ def export(
     saved = open_run(source, modules, disable)
     config = saved.run.config
     registry = make_registry([*config.plugins, *(modules or [])], [*config.disable_plugins, *(disable or [])])
-    _, exporter = build(registry, "exporter", ProviderConfig(name=to, **chosen), "--to")
+    try:
+        exporter = made(registry.find("exporter", to), chosen)
+    except PluginError as error:
+        raise ConfigError([Problem(("--to",), str(error))]) from error
+    except ConfigError as error:
+        raise error.under("--set") from None
     target = output or saved.run.folder / "exports" / exporter.name
     if target.exists() and not overwrite:
         raise RunError(f"{target} exists already; name another folder with --output, or replace it with --overwrite")

@@ -57,7 +57,13 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_run(_split_resume(given)))
+    tracing = os.environ.get("QLORA_TRACE")
+    try:
+        code = _run(_split_resume(given))
+    finally:  # --trace is for this command, and whoever calls this function may call it again
+        if tracing is None:
+            os.environ.pop("QLORA_TRACE", None)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:

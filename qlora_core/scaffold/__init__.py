@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import keyword
 import re
+import sys
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -34,6 +36,8 @@ def new_plugin(name: str, kind: str, folder: Path) -> list[Path]:
     package = re.sub(r"[-.]+", "_", name)
     if not re.fullmatch(r"[a-z][a-z0-9]*([._-][a-z0-9]+)*", name) or keyword.iskeyword(package):
         raise PluginError(f"{name!r} can't be a plugin's name; use lower-case letters, digits and hyphens, such as my-{kind}")
+    if package in sys.stdlib_module_names or find_spec(package) is not None:
+        raise PluginError(f"{name!r}: a module {package!r} is installed already and would be shadowed; take another name")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PluginError(f"{folder} exists already; name another folder with --output")
     values = {

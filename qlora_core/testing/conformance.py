@@ -47,7 +47,7 @@ class Conformance:
     def provider(self) -> Any:
         """Return a new provider with the options to check."""
         found = self.found()
-        return made(found, self._options(found))
+        return made(found, self.__options(found))
 
     def usable(self) -> Any:
         """Return a new provider; skip the check where this machine lacks something for it."""
@@ -58,11 +58,11 @@ class Conformance:
         provider.check_libraries()
         return provider
 
-    def _options(self, found: Provided) -> Mapping[str, Any]:
+    def __options(self, found: Provided) -> Mapping[str, Any]:
         if self.options is not None:
             return self.options
-        self._folder = tempfile.TemporaryDirectory(prefix="qlora-example-")
-        return found.provider.example(Path(self._folder.name))
+        self.__folder = tempfile.TemporaryDirectory(prefix="qlora-example-")
+        return found.provider.example(Path(self.__folder.name))
 
     def test_it_is_found_and_its_plugin_is_sound(self) -> None:
         """found by its name; its plugin is listed as ok"""
@@ -73,7 +73,7 @@ class Conformance:
 
     def test_its_entry_module_is_light(self) -> None:
         """importing its plugin imports none of torch, transformers, peft, bitsandbytes, datasets, numpy"""
-        module = self._module()
+        module = self.__module()
         code = f"import sys; import {module}; print(*[n for n in {HEAVY!r} if n in sys.modules])"
         path = [str(Path(entry)) for entry in sys.path if entry]
         code = f"import sys; sys.path[:] = {path!r}; {code}"
@@ -83,7 +83,7 @@ class Conformance:
 
     def test_its_hooks_are_what_pluggy_calls(self) -> None:
         """hook functions are marked, spelt as specified, and have no arguments with defaults"""
-        problems = hook_problems(importlib.import_module(self._module()))
+        problems = hook_problems(importlib.import_module(self.__module()))
         assert not problems, "; ".join(problems)
 
     def test_it_says_what_it_is(self) -> None:
@@ -119,7 +119,7 @@ class Conformance:
             raise AssertionError(f"options can't be written to config.yaml and read again: {error}") from error
         assert again == provider.options, f"read again they are {again!r}, not {provider.options!r}"
 
-    def _module(self) -> str:
+    def __module(self) -> str:
         """Return the module of the provider's plugin; where nothing provides it, the first one named by hand."""
         try:
             return self.found().plugin.module

@@ -39,9 +39,9 @@ class DatasetConformance(Conformance):
             columns = set(examples.column_names)
             assert columns in COLUMNS, f"{split}: the columns are {sorted(columns)}; rows have text, or input_ids and labels"
             for index, row in enumerate(examples):
-                self._check_row(split, index, row)
+                self.__check_row(split, index, row)
 
-    def _check_row(self, split: str, index: int, row: dict[str, Any]) -> None:
+    def __check_row(self, split: str, index: int, row: dict[str, Any]) -> None:
         if "text" in row:
             assert isinstance(row["text"], str), f"{split}, row {index}: text is {row['text']!r}"
             goes_on = row.get("continues", False)

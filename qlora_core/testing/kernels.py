@@ -44,7 +44,7 @@ class KernelsConformance(Conformance):
         for mode in (True, False):
             with torch.no_grad():
                 wanted, got = (m.train(mode)(input_ids=tiny_ids(m), use_cache=False).logits for m in (plain, fast))
-            self._close(got, wanted, "logits")
+            self.__close(got, wanted, "logits")
 
     def test_loss_and_gradients_are_the_reference_s(self) -> None:
         """loss and the gradient of every trained parameter are those without the kernels"""
@@ -59,8 +59,8 @@ class KernelsConformance(Conformance):
         assert wanted.keys() == got.keys(), f"other parameters are trained: {sorted(wanted.keys() ^ got.keys())[0]}"
         for name, value in wanted.items():
             assert got[name] is not None, f"{name} got no gradient"
-            self._close(got[name], value, name)
+            self.__close(got[name], value, name)
 
-    def _close(self, got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    def __close(self, got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
         error = float((got - wanted).norm() / wanted.norm())
         assert error <= self.tolerance, f"{what}: {error:.2g} from the reference, relative to it; at most {self.tolerance}"

@@ -65,11 +65,24 @@ class QuantizerConformance(Conformance):
             x = torch.randn(5, layer.in_features, device=weight.device, requires_grad=True)
             y = layer(x)
             bias = layer.bias if layer.bias is not None else 0
-            self._close(y.detach(), (x @ weight.T + bias).detach(), f"{name}: the layer's output is not x Q(W)^T")
+            self.__close(y.detach(), (x @ weight.T + bias).detach(), f"{name}: the layer's output is not x Q(W)^T")
             assert y.requires_grad, f"{name}: no gradient goes through the layer to its input"
             g = torch.randn_like(y)
             (grad,) = torch.autograd.grad(y, x, g)
-            self._close(grad, g @ weight, f"{name}: the gradient of the layer's input is not g Q(W)")
+            self.__close(grad, g @ weight, f"{name}: the gradient of the layer's input is not g Q(W)")
+
+    def test_bfloat16_and_autocast_give_about_the_same_loss(self) -> None:
+        """loaded in bfloat16, and under autocast to it, the loss is within 0.1 nats of float32's"""
+        quantizer, model = self.base()
+        half = load_model(tiny_config().model_copy(update={"dtype": "bfloat16"}), quantizer)
+        with torch.no_grad():
+            wanted = float(loss_of(model))
+            losses = {"in bfloat16": float(loss_of(half))}
+            for name, other in (("float32 under autocast", model), ("bfloat16 under autocast", half)):
+                with torch.autocast(next(other.parameters()).device.type, dtype=torch.bfloat16):
+                    losses[name] = float(loss_of(other))
+        for name, loss in losses.items():
+            assert abs(loss - wanted) <= 0.1, f"{name} the loss is {loss:.3f}, in float32 {wanted:.3f}"
 
     def test_stored_bytes_are_the_bytes_held(self) -> None:
         """stored_bytes gives, for each layer, the bytes of packed weight and constants that it really holds"""
@@ -134,7 +147,7 @@ class QuantizerConformance(Conformance):
             ours, theirs = (m.eval()(input_ids=tiny_ids(m)).logits for m in (model, again))
         assert torch.equal(ours, theirs), f"logits differ by up to {float((ours - theirs).abs().max()):.3g} after loading"
 
-    def _close(self, got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    def __close(self, got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
         error = float((got.float() - wanted).norm() / wanted.norm())
         assert error <= self.tolerance, f"{what}; they differ by {error:.2g} of it, more than {self.tolerance}"
 

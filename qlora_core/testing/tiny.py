@@ -47,13 +47,20 @@ def tiny_model() -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
+        attention_bias=True,
         eos_token_id=0,
         bos_token_id=None,
         pad_token_id=1,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        model = transformers.LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(
+                    parameter, std=0.1
+                )  # real models have them, and 0 would hide a layer that forgets its own
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -22,7 +22,7 @@ UNUSABLE = {
     ),
     "misspelt hook": (
         HEAD + MARK + "def qlora_adaptors(): return []",
-        "qlora_adaptors is no hook; did you mean 'qlora_adapters'?",
+        "qlora_adaptors is no hook of this qlora-core (hook API 1); it has qlora_quantizers, ",
     ),
     "later hook api": (HEAD + "qlora_hook_api = 9\n" + MARK + "def qlora_adapters(): return []", "was built for hook API 9"),
     "argument of a later hook": (

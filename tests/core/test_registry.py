@@ -187,7 +187,8 @@ BROKEN = {
     ),
     "misspelt_hook": (
         HEAD + "@hookimpl\ndef qlora_calbacks(): return []",
-        "qlora_calbacks is no hook; did you mean 'qlora_callbacks'?; this qlora-core has qlora_quantizers, ",
+        "qlora_calbacks is no hook of this qlora-core (hook API 1); it has qlora_quantizers, qlora_adapters, qlora_datasets, "
+        "qlora_kernels, qlora_callbacks, qlora_exporters; did you mean 'qlora_callbacks'?",
     ),
     "misspelt_beside_right": (
         HEAD + "@hookimpl\ndef qlora_calbacks(): return []\n@hookimpl\ndef qlora_quantizers(): return []",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import typer.main
 
+from qlora_core.cli.main import app
 from qlora_core.config import RunConfig
 from qlora_core.hooks import ProviderHooks
-from qlora_core.registry import KINDS, Registry, hook_name
+from qlora_core.providers import Provider
+from qlora_core.registry import KINDS, Provided, Registry, hook_name
 from qlora_core.run import KEYS
 
-DOCS = Path(__file__).parents[2] / "docs"
+TESTS = Path(__file__).parents[1]
+DOCS = TESTS.parent / "docs"
 PAGES = sorted((DOCS / "reference").glob("*.md"))
 
 
@@ -65,15 +73,53 @@ def test_every_key_of_the_configuration_is_documented(generator: ModuleType) -> 
             assert f"| `{section}.{name}` |" in page("configuration")
 
 
-def test_every_builtin_option_is_documented() -> None:
+def builtin() -> list[Provided]:
+    """Return the providers of this distribution."""
     registry = Registry()
+    return [found for kind in KINDS for found in registry.provided(kind) if found.plugin.distribution == "qlora-core"]
+
+
+def test_every_builtin_option_is_documented() -> None:
+    for found in builtin():
+        _, _, text = page("providers").partition(f"### `{found.provider.name}` ({found.kind})")
+        assert text
+        for option in found.provider.Options.model_fields:
+            assert f"| `{option}` |" in text.partition("\n### ")[0]
+
+
+def test_every_builtin_provider_and_option_is_named_in_a_test() -> None:
+    files = [path for path in sorted(TESTS.rglob("*.py")) if path != Path(__file__)]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    names = {f"{f.kind} {f.provider.name}": (f.provider.name, f.provider.__name__) for f in builtin()}
+    names |= {f"option {f.provider.name}.{option}": (option,) for f in builtin() for option in f.provider.Options.model_fields}
+    untested = [what for what, words in names.items() if not any(re.search(rf"\b{re.escape(word)}\b", text) for word in words)]
+    assert not untested
+
+
+def test_every_check_of_the_kit_is_documented_under_its_kind(generator: ModuleType) -> None:
+    kits = generator.kits()
+    assert list(kits) == list(KINDS)
+    sections = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## |\Z)", page("conformance"), re.MULTILINE | re.DOTALL))
+    for kind, kit in kits.items():
+        for name, check in inspect.getmembers(kit, lambda member: inspect.isfunction(member)):
+            if name.startswith("test_"):
+                section = sections[kind if name in vars(kit) else "every kind"]
+                assert f"| `{name}` | {' '.join(check.__doc__.split())} |" in section
+
+
+def test_every_kind_has_a_walk_through() -> None:
+    text = (DOCS / "how-to" / "write-a-plugin.md").read_text(encoding="utf-8")
     for kind in KINDS:
-        for found in registry.provided(kind):
-            if found.plugin.distribution == "qlora-core":
-                _, _, text = page("providers").partition(f"### `{found.provider.name}` ({kind})")
-                assert text
-                for option in found.provider.Options.model_fields:
-                    assert f"| `{option}` |" in text.partition("\n### ")[0]
+        assert f"\n@hookimpl\ndef {hook_name(kind)}():\n" in text
+
+
+def test_every_method_and_attribute_of_a_provider_is_documented() -> None:
+    for base in (Provider, *KINDS.values()):
+        for name, member in vars(base).items():
+            if inspect.isfunction(getattr(base, name)) or isinstance(member, classmethod):
+                assert name.startswith("_") or f"| `{name}(" in page("hooks"), name
+        for name in set(vars(base).get("__annotations__", {})) - {"name", "options"}:
+            assert f"| `{name}` |" in page("hooks")
 
 
 def test_every_key_of_the_metrics_is_documented() -> None:
@@ -81,9 +127,22 @@ def test_every_key_of_the_metrics_is_documented() -> None:
         assert f"`{key}`" in page("run-directory")
 
 
-def test_every_command_is_documented() -> None:
-    for command in ("train", "generate", "eval", "demo", "doctor", "plugins list", "plugins show", "config init"):
-        assert f"## `qlora {command}`" in page("cli")
+def test_every_command_and_its_options_are_documented() -> None:
+    for path, command in commands(typer.main.get_command(app), "qlora"):
+        _, _, text = page("cli").partition(f"## `{path}`\n")
+        assert text, path
+        described = text.partition("\n## ")[0]
+        options = [option for parameter in command.params if not parameter.hidden for option in parameter.opts]
+        missing = [o for o in options if o.startswith("-") and o not in ("-h", "--help") and o not in described]
+        assert not missing, path
+
+
+def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
 
 
 def test_the_picture_fetches_nothing_and_shows_the_figures_of_the_text() -> None:

@@ -116,7 +116,7 @@ def test_the_command_exports_a_finished_run(
     before = {p.name: p.read_bytes() for p in target.iterdir()}
     for arguments, message in (
         (("--output", target), f"error: {target} exists already; name another folder with --output, or replace it"),
-        (("--set", "dtype=float8"), "error: --to.dtype: must be 'auto', 'bfloat16', 'float16' or 'float32' (got 'float8')"),
+        (("--set", "dtype=float8"), "error: --set.dtype: must be 'auto', 'bfloat16', 'float16' or 'float32' (got 'float8')"),
         (("--set", "dtype"), "error: --set dtype: write option=value"),
     ):
         assert cli("export", finished.run.folder, "--to", "merged", *arguments) == 2

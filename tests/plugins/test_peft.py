@@ -332,5 +332,6 @@ def test_the_merged_model_computes_what_the_adapted_one_does(adapter: Any, tiny_
 def test_a_method_that_changes_no_weights_can_not_be_merged(method: str, tiny_model: Path) -> None:
     adapter = adapter_of(method)
     adapted = inject_adapter(load_model(str(tiny_model), None), adapter)
+    assert not adapter.mergeable
     with pytest.raises(ModelError, match=f"^what is trained by the adapter 'peft' with {method} can't be merged"):
         adapter.merge(adapted)
