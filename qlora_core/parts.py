@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Parts:
         problems: list[Problem] = []
         if config.tokens.add and not self.adapter.trains_new_tokens:
             problems.append(Problem(("tokens", "add"), f"the adapter {self.adapter.name!r} can't train new tokens; use lora"))
+        problems += _twice(self.exporters)
         for where, provider in self.located():
             try:
                 with calling(provider, "check"):
@@ -170,6 +171,14 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
 def described(provider: Provider, name: str) -> ProviderConfig:
     """Return the configuration that makes *provider* again, under *name*, its defaults filled in."""
     return ProviderConfig(name=name, **provider.options.model_dump(mode="json"))
+
+
+def _twice(exporters: Sequence[Exporter]) -> Iterator[Problem]:
+    """Yield a problem for each exporter whose folder an earlier one writes already."""
+    names = [exporter.name for exporter in exporters]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Problem(("exports", index), f"{name!r} stands there twice and both would write exports/{name}; leave one out")
 
 
 def _candidates(registry: Registry) -> Iterator[Kernels]:

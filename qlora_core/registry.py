@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
@@ -232,6 +233,8 @@ class Registry:
                 raise PluginError(f"must return {expected.__name__} classes (got {provider!r})")
             if not isinstance(getattr(provider, "name", None), str):
                 raise PluginError(f'{provider.__name__} has no name; set `name = "..."`, what users write')
+            if not re.fullmatch(r"\w[\w.-]*", provider.name):
+                raise PluginError(f"{provider.__name__} is named {provider.name!r}; use letters, digits, _, - and . only")
             if not (isinstance(provider.Options, type) and issubclass(provider.Options, ProviderOptions)):
                 raise PluginError(f"{provider.__name__}.Options must be a subclass of qlora_core.ProviderOptions")
             if "name" in provider.Options.model_fields:

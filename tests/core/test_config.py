@@ -449,3 +449,11 @@ def test_disabling_a_plugin_that_is_not_installed_is_refused_with_a_guess(regist
     assert resolve_refusal(registry, disable_plugins=["bitsandbites"]) == [
         "disable_plugins[0]: no plugin 'bitsandbites'; did you mean 'bitsandbytes'?"
     ]
+
+
+def test_an_exporter_named_twice_is_refused(registry: Registry, dataset: dict[str, str]) -> None:
+    exports = ["merged", {"name": "merged:merged", "dtype": "float32"}]
+    resolved, parts = resolve(parse(dataset=dataset, exports=exports), registry)
+    with pytest.raises(ConfigError) as caught:
+        parts.check(resolved)
+    assert str(caught.value) == "exports[1]: 'merged' stands there twice and both would write exports/merged; leave one out"

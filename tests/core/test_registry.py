@@ -222,6 +222,11 @@ BROKEN = {
         HEAD + "class A(CallbackFactory):\n    def build(self, run): pass\n@hookimpl\ndef qlora_callbacks(): return [A]",
         'qlora_callbacks: A has no name; set `name = "..."`, what users write',
     ),
+    "odd_name": (
+        HEAD + "class A(CallbackFactory):\n    name = '../a b'\n    def build(self, run): pass\n"
+        "@hookimpl\ndef qlora_callbacks(): return [A]",
+        "qlora_callbacks: A is named '../a b'; use letters, digits, _, - and . only",
+    ),
     "hook_raises": (
         HEAD + "@hookimpl\ndef qlora_callbacks(): return 1 / 0",
         "qlora_callbacks: ZeroDivisionError: division by zero",
