@@ -16,7 +16,7 @@ from typing import Any
 
 from qlora_core.errors import PluginError, QLoRAError
 
-__all__ = ["ProviderFailed", "calling", "traced", "watched"]
+__all__ = ["ProviderFailed", "answered", "calling", "reason", "traced", "watched"]
 
 
 class ProviderFailed(PluginError):
@@ -39,7 +39,7 @@ def calling(provider: Any, what: str) -> Iterator[None]:
             yield
         except (QLoRAError, MemoryError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a stranger's sys.exit(0) must not pass for success
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported
                 raise
             from qlora_core.provenance import plugin_of
@@ -66,10 +66,18 @@ def traced(what: str, who: Callable[[], str], result: Callable[[], str] = lambda
 
 def watched(callback: Any, factory: Any) -> Any:
     """Return *callback*, whose events name the plugin of *factory* where they raise, and the event."""
-    for event in dir(callback):
-        if event.startswith("on_") and callable(getattr(callback, event)):
-            setattr(callback, event, _watched_event(getattr(callback, event), factory, event))
+    with calling(factory, "build"):
+        for event in dir(callback):
+            if event.startswith("on_") and callable(getattr(callback, event)):
+                setattr(callback, event, _watched_event(getattr(callback, event), factory, event))
     return callback
+
+
+def answered(provider: Any, what: str, answer: Any, kind: type, words: str) -> Any:
+    """Return *answer* of *provider*'s method *what*; raise PluginError unless it is a *kind*, in *words*."""
+    if not isinstance(answer, kind) or (kind is int and isinstance(answer, bool)):
+        raise PluginError(f"{_named(provider)}: {what} must return {words} (got {answer!r:.80})")
+    return answer
 
 
 def reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_core.calls import calling
+from qlora_core.calls import answered, calling
 from qlora_core.config import ModelConfig
 from qlora_core.errors import ModelError
 from qlora_core.libraries import import_libraries
@@ -101,7 +101,7 @@ def load_model(
     arguments: dict[str, Any] = {}
     if quantizer is not None:
         with calling(quantizer, "load_kwargs"):
-            arguments = quantizer.load_kwargs(skeleton)
+            arguments = answered(quantizer, "load_kwargs", quantizer.load_kwargs(skeleton), dict, "a dict")
     if not _stored_alike(skeleton, arguments):
         raise ModelError(f"model.path: {config.path!r} is stored quantised already; name its quantizer, or use the original")
     device = pick_device()
@@ -125,7 +125,7 @@ def load_model(
     base.requires_grad_(False)
     if quantizer is not None:
         with calling(quantizer, "prepare"):
-            base = quantizer.prepare(base)
+            base = answered(quantizer, "prepare", quantizer.prepare(base), torch.nn.Module, "the model")
     if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         _grow_embeddings(base, len(tokenizer))
     if config.upcast:
@@ -145,10 +145,14 @@ def inject_adapter(
 
     The initial values of the adapter come from torch's global generator: seed it before (`transformers.set_seed`).
     """
+    import torch
+
     base = {id(parameter): name for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     with calling(adapter, "inject"):
-        adapted = adapter.inject(model, new_token_ids)
+        adapted: torch.nn.Module = answered(
+            adapter, "inject", adapter.inject(model, new_token_ids), torch.nn.Module, "the adapted model"
+        )
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"adapter {adapter.name!r} leaves nothing to train; choose another, such as lora")

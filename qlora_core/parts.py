@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from qlora_core.calls import calling, reason, traced
 from qlora_core.config import ProviderConfig, RunConfig
 from qlora_core.errors import ConfigError, PluginError, Problem, QLoRAError
-from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
+from qlora_core.providers import (
+    Adapter,
+    CallbackFactory,
+    DatasetSource,
+    Exporter,
+    Kernels,
+    Provider,
+    ProviderOptions,
+    Quantizer,
+)
 from qlora_core.registry import Provided, Registry
 from qlora_core.validation import did_you_mean
 
@@ -110,10 +119,14 @@ def made(found: Provided, options: Mapping[str, Any]) -> Any:
     """Return the provider *found*, made with *options*; raise ConfigError for those, PluginError where its code fails."""
     try:
         with traced(f"{found.provider.__name__}()", lambda: f"{found.kind} {found.qualified!r}"):
-            return found.provider(**options)
+            provider = found.provider(**options)
+        if not isinstance(getattr(provider, "options", None), ProviderOptions):
+            raise TypeError("its __init__ must call super().__init__(**options)")
+        provider.options.model_dump(mode="json")  # what config.yaml will hold
+        return provider
     except QLoRAError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"plugin {found.plugin.name!r} ({found.plugin.origin}) failed to make {found.provider.name!r}: {reason(error)}"
         ) from error
@@ -175,7 +188,7 @@ def described(provider: Provider, name: str) -> ProviderConfig:
 
 def _twice(exporters: Sequence[Exporter]) -> Iterator[Problem]:
     """Yield a problem for each exporter whose folder an earlier one writes already."""
-    names = [exporter.name for exporter in exporters]
+    names = [exporter.name.casefold() for exporter in exporters]  # some disks don't tell A from a
     for index, name in enumerate(names):
         if name in names[:index]:
             yield Problem(("exports", index), f"{name!r} stands there twice and both would write exports/{name}; leave one out")
@@ -195,8 +208,9 @@ def _plugin_problems(config: RunConfig, registry: Registry) -> list[Problem]:
     by_name = {plugin.name: plugin for plugin in registry.plugins}
     problems = []
     for index, module in enumerate(config.plugins):
-        if module in by_name and by_name[module].failure:
-            problems.append(Problem(("plugins", index), f"{module!r} can't be used: {by_name[module].failure}"))
+        for plugin in (by_name.get(module), by_name.get(f"module {module}")):
+            if plugin is not None and plugin.failure:
+                problems.append(Problem(("plugins", index), f"{module!r} can't be used: {plugin.failure}"))
     for index, name in enumerate(config.disable_plugins):
         if name not in by_name:
             problems.append(Problem(("disable_plugins", index), f"no plugin {name!r}{did_you_mean(name, by_name)}"))

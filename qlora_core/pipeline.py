@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_core.calls import calling, watched
+from qlora_core.calls import answered, calling, watched
 from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
 from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, Problem, QLoRAError, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
@@ -192,7 +192,7 @@ def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
     wanted: dict[str, Any] = {}
     for callback in parts.callbacks:
         with calling(callback, "training_arguments"):
-            wanted |= callback.training_arguments()
+            wanted |= answered(callback, "training_arguments", callback.training_arguments(), dict, "a dict")
     training_arguments(config.training, output=run.folder, evaluates=False, wanted=wanted)  # refuses early
     tokenizer = load_tokenizer(config.model)
     new_token_ids = add_tokens(tokenizer, config.tokens.add)
@@ -327,7 +327,11 @@ def _apply_kernels(model: torch.nn.Module, config: RunConfig, parts: Parts) -> K
     chosen = _most_suitable(config, parts) if parts.auto_kernels else next(iter(parts.kernels), None)
     if chosen is not None:
         with calling(chosen, "apply"):
-            chosen.apply(model)
+            applied = chosen.apply(model)
+        if applied is not model:
+            raise PluginError(
+                f"kernels {chosen.name!r}: apply must rewrite the model in place and return it (got {applied!r:.80})"
+            )
     return chosen
 
 
@@ -341,7 +345,7 @@ def _most_suitable(config: RunConfig, parts: Parts) -> Kernels | None:
         name = describe_provider(kernels)["provider"]
         try:
             with calling(kernels, "suits"):
-                rank = kernels.suits(device)
+                rank = answered(kernels, "suits", kernels.suits(device), int, "a whole number")
             if rank > 0:
                 with calling(kernels, "check"):
                     kernels.check(config, parts)

@@ -208,7 +208,7 @@ class Kernels(Provider):
 
     @abstractmethod
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return *model* with its slow parts replaced; parts that don't apply are left alone."""
+        """Return *model* itself, its slow parts replaced in place; parts that don't apply are left alone."""
 
 
 class CallbackFactory(Provider):

@@ -65,6 +65,8 @@ def hook_problems(module: Any, hooks: type = ProviderHooks) -> list[str]:
             problems.append(f"{name} is no hook of this qlora-core (hook API {HOOK_API}); {others}")
         elif name.startswith("qlora_") and not marked:
             problems.append(f"{name} is not marked; put @qlora_core.hookimpl above it, or give it another name")
+        elif marked and getattr(function, f"{PROJECT}_impl").get("wrapper"):
+            problems.append(f"{name} is a wrapper, and a hook here only provides; leave out wrapper=True")
         elif marked:
             problems += _argument_problems(name, function, set(inspect.signature(getattr(hooks, name)).parameters))
     return problems
@@ -136,8 +138,7 @@ class Registry:
         for name in sorted(found.names):
             self._add(name, list(found.select(name=name)), blocked=name in disable)
         for module in modules:
-            if module not in self._plugins:
-                self._add(module, [EntryPoint(module, module, PROJECT)], blocked=module in disable)
+            self._add_module(module, blocked=module in disable)
 
     @property
     def plugins(self) -> list[Plugin]:
@@ -163,6 +164,17 @@ class Registry:
             raise PluginError(f"{kind} {name!r} is provided by more than one plugin; write {names}, or disable one of them")
         raise PluginError(self._unknown(kind, name))
 
+    def _add_module(self, module: str, *, blocked: bool) -> None:
+        """Add *module*, named by hand, unless an installed plugin is that module already."""
+        if any(plugin.module == module and plugin.status == "ok" for plugin in self._plugins.values()):
+            return
+        other = self._plugins.get(module)
+        if other is None:
+            self._add(module, [EntryPoint(module, module, PROJECT)], blocked=blocked)
+        elif other.module != module:
+            failure = f"an installed plugin ({other.origin}) is called {module!r}, too; give the module another name"
+            self._plugins[f"module {module}"] = Plugin(f"module {module}", module, failure=failure)
+
     def _add(self, name: str, found: list[EntryPoint], *, blocked: bool) -> None:
         entry = found[0]
         plugin = Plugin(name, module_of(entry), *_distribution(entry), blocked=blocked)
@@ -187,7 +199,9 @@ class Registry:
         if self._manager.has_plugin(name) or self._manager.is_registered(module):
             raise PluginError(f"{label} is registered already under another name")
         wanted = getattr(module, "qlora_hook_api", HOOK_API)
-        if not isinstance(wanted, int) or wanted > HOOK_API:
+        if not isinstance(wanted, int):
+            raise PluginError(f"{label}: qlora_hook_api must be a whole number (got {wanted!r})")
+        if wanted > HOOK_API:
             raise PluginError(
                 f"{label} was built for hook API {wanted} and this qlora-core has {HOOK_API}; upgrade qlora-core, "
                 "or install an older version of the plugin"
@@ -242,6 +256,10 @@ class Registry:
             if inspect.isabstract(provider):
                 missing = ", ".join(sorted(provider.__abstractmethods__))
                 raise PluginError(f"{provider.__name__} does not implement {missing}")
+        names = [provider.name for provider in answer]
+        for name in names:
+            if names.count(name) > 1:
+                raise PluginError(f"it provides two called {name!r}; rename one")
         return [Provided(kind, self._plugins[plugin], provider) for provider in answer]
 
     def _unknown(self, kind: str, name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_core.calls import calling
+from qlora_core.calls import answered, calling
 from qlora_core.config import ModelConfig
 from qlora_core.errors import ModelError
 from qlora_core.parts import build
@@ -53,8 +53,11 @@ class SavedRun:
 
     def add_adapter(self, base: transformers.PreTrainedModel) -> torch.nn.Module:
         """Return *base* with the trained adapter, frozen."""
+        import torch
+
         with calling(self.adapter, "load"):
-            return self.adapter.load(base, self.run.adapter)
+            adapted = self.adapter.load(base, self.run.adapter)
+            return answered(self.adapter, "load", adapted, torch.nn.Module, "the adapted model")  # type: ignore[no-any-return]
 
     def merge(self) -> transformers.PreTrainedModel:
         """Return a plain model with the weights Q(W) + adapter, computed in float32 and rounded once to the load dtype.
@@ -67,6 +70,8 @@ class SavedRun:
                 raise ModelError(
                     f"what is {what} {provider.name!r} can't be merged into plain weights; keep base and adapter apart"
                 )
+        import transformers
+
         from qlora_core.model import load_model
 
         base = self.load_base()
@@ -78,6 +83,7 @@ class SavedRun:
         adapted = self.add_adapter(plain)
         with calling(self.adapter, "merge"):
             merged = self.adapter.merge(adapted)
+            answered(self.adapter, "merge", merged, transformers.PreTrainedModel, "the plain model")
         return merged.to(dtype)
 
 

@@ -10,13 +10,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from qlora_core.config import RunConfig
 from qlora_core.providers import Provider
 from qlora_core.registry import Registry
 from qlora_core.yaml_file import scalar
 
-__all__ = ["config_schema", "default_text", "starter_config", "type_text"]
+__all__ = ["config_schema", "default_of", "default_text", "starter_config", "type_text"]
 
 SECTIONS = {
     "quantizer": "quantizer",
@@ -126,13 +127,21 @@ def type_text(annotation: Any) -> str:
 
 def default_text(field: FieldInfo) -> str:
     """Return the default of *field* as it would be written, or "required"."""
-    return "required" if field.is_required() else _yaml(field.get_default(call_default_factory=True))
+    return "required" if field.is_required() else _yaml(default_of(field))
+
+
+def default_of(field: FieldInfo) -> Any:
+    """Return the default of *field*, JSON-ready; what JSON has no form for, and a stranger's may be anything, as text."""
+    try:
+        return to_jsonable_python(field.get_default(call_default_factory=True), fallback=repr)
+    except Exception:  # a default that can't be copied, or a factory that raises
+        return f"a {type(field.default).__name__}"
 
 
 def _fields(model: type[BaseModel], values: dict[str, Any]) -> list[str]:
     lines = []
     for name, field in model.model_fields.items():
-        value = values.get(name, None if field.is_required() else field.get_default(call_default_factory=True))
+        value = values.get(name, None if field.is_required() else default_of(field))
         lines.append(f"  {f'{name}: {_yaml(value)}':<34} # {field.description or ''}")
     return lines
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic_core import to_jsonable_python
 from rich.markup import escape
 from rich.table import Table
 
 from qlora_core.cli.options import Disable, Json, Modules, Trace, make_registry, stdout
 from qlora_core.errors import PluginError
 from qlora_core.registry import KINDS, Plugin, Provided, Registry
-from qlora_core.schema import default_text, type_text
+from qlora_core.schema import default_of, default_text, type_text
 from qlora_core.validation import did_you_mean
 
 if TYPE_CHECKING:
@@ -173,7 +172,10 @@ def _find(registry: Registry, name: str) -> list[Provided]:
         return found
     broken = {plugin.name: plugin for plugin in registry.plugins if plugin.status != "ok"}
     if name in broken:
-        raise PluginError(f"plugin {name!r} is {broken[name].status}: {broken[name].failure or 'it is disabled'}")
+        if broken[name].blocked:
+            remedy = "leave it out of --disable-plugin, disable_plugins and QLORA_DISABLE_PLUGINS"
+            raise PluginError(f"plugin {name!r} is disabled; {remedy}")
+        raise PluginError(f"plugin {name!r} failed to load: {broken[name].failure}")
     known = sorted({n for item in every for n in (item.provider.name, item.qualified, item.plugin.name)})
     raise PluginError(f"no plugin or provider {name!r}{did_you_mean(name, known)}; installed: {', '.join(known)}")
 
@@ -213,9 +215,7 @@ def _provided(item: Provided) -> dict[str, Any]:
                 "name": option,
                 "type": type_text(field.annotation),
                 "required": field.is_required(),
-                "default": None
-                if field.is_required()
-                else to_jsonable_python(field.get_default(call_default_factory=True), fallback=str),
+                "default": None if field.is_required() else default_of(field),
                 "description": field.description,
             }
             for option, field in item.provider.Options.model_fields.items()

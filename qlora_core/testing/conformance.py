@@ -110,12 +110,12 @@ class Conformance:
 
     def test_options_survive_json(self) -> None:
         """options written as JSON and read again are the same, and have a JSON Schema"""
-        provider = self.provider()
         try:
+            provider = self.provider()
             text = json.dumps(provider.options.model_dump(mode="json"))
             again = type(provider.options).model_validate_json(text)
             type(provider.options).model_json_schema()
-        except (TypeError, ValueError, ValidationError) as error:
+        except (TypeError, ValueError, ValidationError, PluginError) as error:
             raise AssertionError(f"options can't be written to config.yaml and read again: {error}") from error
         assert again == provider.options, f"read again they are {again!r}, not {provider.options!r}"
 
@@ -163,7 +163,7 @@ def run_checks(kit: type[Conformance]) -> Iterator[Outcome]:
             status, detail = "skipped", str(skipped)
         except AssertionError as failure:
             status, detail = "failed", str(failure)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             status, detail = "failed", f"{type(error).__name__}: {error}"
         label = " ".join((method.__doc__ or name).split())
         yield Outcome(label, status, detail, time.perf_counter() - started)

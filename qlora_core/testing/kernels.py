@@ -28,7 +28,9 @@ class KernelsConformance(Conformance):
             model = inject_adapter(load_model(tiny_config(), None), LowRank())
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 torch.nn.init.normal_(parameter, std=0.1)
-            made.append(model if kernels is None else kernels.apply(model))
+            applied = model if kernels is None else kernels.apply(model)
+            assert applied is model, "apply returns something else than the model; rewrite it in place, and return it"
+            made.append(model)
         return made[0], made[1]
 
     def test_it_says_how_well_it_suits_a_device(self) -> None:

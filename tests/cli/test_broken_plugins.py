@@ -255,6 +255,23 @@ def test_a_broken_provider_takes_down_nothing_that_does_not_use_it(
 @pytest.mark.parametrize(
     ("place", "statement", "message"),
     [
+        (
+            "load_kwargs",
+            "return None",
+            "error: quantizer 'broken_q' of module '{name}': load_kwargs must return a dict (got None)",
+        ),
+        ("prepare", "return None", "error: quantizer 'broken_q' of module '{name}': prepare must return the model (got None)"),
+        (
+            "inject",
+            "return None",
+            "error: adapter 'broken_a' of module '{name}': inject must return the adapted model (got None)",
+        ),
+        ("apply", "return None", "error: kernels 'broken_k': apply must rewrite the model in place and return it (got None)"),
+        (
+            "training_arguments",
+            "return",
+            "error: callback 'broken_c' of module '{name}': training_arguments must return a dict (got None)",
+        ),
         ("missing", "return 'a CUDA device'", "error: quantizer: 'broken_q' needs a CUDA device; this machine has it not"),
         ("build", "return 3", "error: callback 'broken_c': build must return a transformers.TrainerCallback (got 3)"),
         ("examples", "return [1]", "error: dataset 'broken_d': examples must return a datasets.Dataset or None (got list)"),
@@ -288,7 +305,82 @@ def test_a_wrong_answer_or_a_refusal_is_said_plainly(
     name = write_module(f"wrong_{place}", source(place, statement))
     result = qlora("train", write_config(**ALL), "-p", name, "-q")
     assert result.code == 2
-    assert said(result) == [message]
+    assert said(result) == [message.replace("{name}", name)]
+
+
+@pytest.mark.parametrize("place", ["build", "on_log", "examples", "prepare"])
+def test_a_plugin_that_exits_does_not_pass_for_success(
+    qlora: Callable[..., Any], write_module: Callable[[str, str], str], write_config: Callable[..., Path], place: str
+) -> None:
+    name = write_module(f"exits_in_{place}", source(place, "raise SystemExit(0)"))
+    result = qlora("train", write_config(**ALL), "-p", name, "-q")
+    assert result.code == 2
+    assert said(result)[0].startswith(f"error: {PLACES[place]} of module '{name}' failed in {place}")
+    assert said(result)[0].endswith(": SystemExit: 0")
+
+
+@pytest.mark.parametrize(
+    ("statement", "warning"),
+    [
+        ("return None", "kernels 'broken_k' of module '{name}': suits must return a whole number (got None)"),
+        ("raise SystemExit('no GPU here')", "kernels 'broken_k' of module '{name}' failed in suits: SystemExit: no GPU here"),
+    ],
+)
+def test_kernels_that_can_not_say_how_they_suit_are_left_out(
+    qlora: Callable[..., Any],
+    write_module: Callable[[str, str], str],
+    write_config: Callable[..., Path],
+    statement: str,
+    warning: str,
+) -> None:
+    name = write_module(f"unsuitable_{len(statement)}", source("suits", statement))
+    result = qlora("train", write_config(quantizer="none"), "-p", name, "-q")
+    assert result.code == 0
+    assert result.err == f"warning: kernels: auto leaves out '{name}:broken_k': {warning.replace('{name}', name)}\n"
+
+
+ODD_PARTS = """
+    import threading
+    from pydantic import ConfigDict
+    import qlora_core
+
+    class Unmade(qlora_core.CallbackFactory):
+        name = "unmade"
+        def __init__(self, **options): pass
+        def build(self, run): return None
+
+    class Unwritable(qlora_core.CallbackFactory):
+        name = "unwritable"
+        class Options(qlora_core.ProviderOptions):
+            model_config = ConfigDict(arbitrary_types_allowed=True)
+            lock: object = threading.Event()
+            "an event"
+        def build(self, run): return None
+
+    @qlora_core.hookimpl
+    def qlora_callbacks(): return [Unmade, Unwritable]
+"""
+
+
+@pytest.mark.parametrize(
+    ("callback", "reason"),
+    [
+        ("unmade", "TypeError: its __init__ must call super().__init__(**options)"),
+        ("unwritable", "PydanticSerializationError: "),
+    ],
+)
+def test_a_provider_that_can_not_be_made_or_written_down_is_named(
+    qlora: Callable[..., Any],
+    write_module: Callable[[str, str], str],
+    write_config: Callable[..., Path],
+    callback: str,
+    reason: str,
+) -> None:
+    name = write_module(f"odd_parts_{callback}", ODD_PARTS)
+    result = qlora("config", "show", write_config(callbacks=[callback]), "-p", name)
+    assert result.code == 2
+    assert f"callbacks[0]: plugin '{name}' (module {name}) failed to make '{callback}': {reason}" in result.err
+    assert qlora("plugins", "show", callback, "-p", name).code == 0
 
 
 def test_an_option_of_the_wrong_type_reads_like_any_other_configuration_error(

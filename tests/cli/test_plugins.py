@@ -158,9 +158,12 @@ def test_showing_a_broken_or_disabled_plugin_says_what_is_wrong_with_it(
 ) -> None:
     name = write_module("broken_to_show", "raise RuntimeError('no luck')")
     result = qlora("plugins", "show", name, "-p", name)
-    assert (result.code, result.err) == (2, f"error: plugin {name!r} is failed: RuntimeError: no luck\n")
+    assert (result.code, result.err) == (2, f"error: plugin {name!r} failed to load: RuntimeError: no luck\n")
     result = qlora("plugins", "show", "text", "--disable-plugin", "text")
-    assert (result.code, result.err) == (2, "error: plugin 'text' is blocked: it is disabled\n")
+    assert (result.code, result.err) == (
+        2,
+        ("error: plugin 'text' is disabled; leave it out of --disable-plugin, disable_plugins and QLORA_DISABLE_PLUGINS\n"),
+    )
 
 
 def test_a_file_in_the_working_directory_shadows_no_library(

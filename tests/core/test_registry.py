@@ -222,6 +222,19 @@ BROKEN = {
         HEAD + "class A(CallbackFactory):\n    def build(self, run): pass\n@hookimpl\ndef qlora_callbacks(): return [A]",
         'qlora_callbacks: A has no name; set `name = "..."`, what users write',
     ),
+    "version_no_number": (
+        HEAD + "qlora_hook_api = '1'\n@hookimpl\ndef qlora_callbacks(): return []",
+        "version_no_number_plugin: qlora_hook_api must be a whole number (got '1')",
+    ),
+    "wrapper": (
+        HEAD + "@hookimpl(wrapper=True)\ndef qlora_callbacks():\n    return (yield)",
+        "qlora_callbacks is a wrapper, and a hook here only provides; leave out wrapper=True",
+    ),
+    "one_name_twice": (
+        HEAD + "class A(CallbackFactory):\n    name = 'a'\n    def build(self, run): pass\n"
+        "@hookimpl\ndef qlora_callbacks(): return [A, A]",
+        "qlora_callbacks: it provides two called 'a'; rename one",
+    ),
     "odd_name": (
         HEAD + "class A(CallbackFactory):\n    name = '../a b'\n    def build(self, run): pass\n"
         "@hookimpl\ndef qlora_callbacks(): return [A]",
@@ -294,9 +307,15 @@ def test_the_remedy_for_one_entry_point_name_works(install: Install) -> None:
     assert registry.find("callback", "bell").qualified == "second_bell_again:bell"
 
 
-def test_a_module_that_is_registered_already_says_so() -> None:
+def test_a_module_that_is_installed_as_a_plugin_already_is_not_added_again() -> None:
     registry = Registry(modules=["qlora_text"])
-    assert plugin(registry, "qlora_text").failure == "qlora_text is registered already under another name"
+    assert "qlora_text" not in {plugin.name for plugin in registry.plugins}
+    assert registry.find("dataset", "text").qualified == "text:text"
+
+
+def test_a_module_with_the_name_of_an_installed_plugin_is_told_so(write_module: Write) -> None:
+    registry = Registry(modules=[write_module("text", CALLBACK)])
+    assert plugin(registry, "module text").failure.endswith("is called 'text', too; give the module another name")
     assert registry.find("dataset", "text").qualified == "text:text"
 
 
