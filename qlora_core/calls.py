@@ -16,7 +16,7 @@ from typing import Any
 
 from qlora_core.errors import PluginError, QLoRAError
 
-__all__ = ["ProviderFailed", "answered", "calling", "reason", "traced", "watched"]
+__all__ = ["ProviderFailed", "answered", "calling", "named", "reason", "traced", "watched"]
 
 
 class ProviderFailed(PluginError):
@@ -34,7 +34,7 @@ def calling(provider: Any, what: str) -> Iterator[None]:
 
     A QLoRAError passes: it is what a provider says to the user. So does running out of memory, which is nobody's defect.
     """
-    with traced(what, lambda: _named(provider)):
+    with traced(what, lambda: named(provider)):
         try:
             yield
         except (QLoRAError, MemoryError):
@@ -45,7 +45,7 @@ def calling(provider: Any, what: str) -> Iterator[None]:
             from qlora_core.provenance import plugin_of
 
             ours = plugin_of(type(provider))[1] == "qlora-core"
-            raise ProviderFailed(_named(provider), what, error, ours=ours) from error
+            raise ProviderFailed(named(provider), what, error, ours=ours) from error
 
 
 @contextlib.contextmanager
@@ -60,23 +60,23 @@ def traced(what: str, who: Callable[[], str], result: Callable[[], str] = lambda
         yield
         outcome = result()
     finally:
-        line = f"trace: {what:<28} {who():<44} {1e3 * (time.perf_counter() - started):9.2f} ms  {outcome}"
+        milliseconds = 1e3 * (time.perf_counter() - started)  # before who(), which takes some itself
+        line = f"trace: {what:<28} {who():<44} {milliseconds:9.2f} ms  {outcome}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 def watched(callback: Any, factory: Any) -> Any:
     """Return *callback*, whose events name the plugin of *factory* where they raise, and the event."""
-    with calling(factory, "build"):
-        for event in dir(callback):
-            if event.startswith("on_") and callable(getattr(callback, event)):
-                setattr(callback, event, _watched_event(getattr(callback, event), factory, event))
+    for event in dir(callback):
+        if event.startswith("on_") and callable(getattr(callback, event)):
+            setattr(callback, event, _watched_event(getattr(callback, event), factory, event))
     return callback
 
 
-def answered(provider: Any, what: str, answer: Any, kind: type, words: str) -> Any:
+def answered(provider: Any, what: str, answer: Any, kind: type | tuple[type, ...], words: str) -> Any:
     """Return *answer* of *provider*'s method *what*; raise PluginError unless it is a *kind*, in *words*."""
     if not isinstance(answer, kind) or (kind is int and isinstance(answer, bool)):
-        raise PluginError(f"{_named(provider)}: {what} must return {words} (got {answer!r:.80})")
+        raise PluginError(f"{named(provider)}: {what} must return {words} (got {answer!r:.80})")
     return answer
 
 
@@ -94,7 +94,7 @@ def _watched_event(method: Callable[..., Any], factory: Any, event: str) -> Call
     return guarded
 
 
-def _named(provider: Any) -> str:
+def named(provider: Any) -> str:
     """Return kind, name and plugin: "quantizer 'nf4' of plugin 'bitsandbytes' (qlora-core 0.1.0)"."""
     from qlora_core.provenance import plugin_of
     from qlora_core.registry import kind_of

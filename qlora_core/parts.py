@@ -63,6 +63,9 @@ class Parts:
         problems: list[Problem] = []
         if config.tokens.add and not self.adapter.trains_new_tokens:
             problems.append(Problem(("tokens", "add"), f"the adapter {self.adapter.name!r} can't train new tokens; use lora"))
+        if not self.adapter.trains:
+            what = f"the adapter {self.adapter.name!r} leaves nothing to train; choose another, such as lora"
+            problems.append(Problem(("adapter",), what))
         problems += _twice(self.exporters)
         for where, provider in self.located():
             try:

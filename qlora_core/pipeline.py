@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.calls import answered, calling, watched
 from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
-from qlora_core.errors import ConfigError, DataError, ModelError, PluginError, Problem, QLoRAError, RunError
+from qlora_core.errors import ConfigError, Problem, RunError
 from qlora_core.footprint import Coverage, Footprint, LinearWeights
+from qlora_core.kernels import apply_kernels
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
 from qlora_core.parts import Parts, described
-from qlora_core.provenance import describe_provider, plugin_of, provenance
+from qlora_core.preflight import check_evaluates, check_positions, check_space, check_vocabulary
+from qlora_core.provenance import plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
 from qlora_core.run import Run
 from qlora_core.saved import SavedRun
@@ -123,7 +124,7 @@ def execute(
         run.check_resumable()
     prepared = _prepare(config, parts, run)
     model, kernels = _build(config, parts, prepared)
-    _check_space(run, model, config.training)
+    check_space(run, model, config.training)
 
     from accelerate import PartialState
 
@@ -164,10 +165,8 @@ def _callback(factory: CallbackFactory, run: Run) -> transformers.TrainerCallbac
     import transformers
 
     with calling(factory, "build"):
-        callback = factory.build(run)
-    if not isinstance(callback, transformers.TrainerCallback):
-        raise PluginError(f"callback {factory.name!r}: build must return a transformers.TrainerCallback (got {callback!r})")
-    return watched(callback, factory)
+        kind, words = transformers.TrainerCallback, "a transformers.TrainerCallback"
+        return watched(answered(factory, "build", factory.build(run), kind, words), factory)
 
 
 @dataclass(frozen=True)
@@ -197,13 +196,13 @@ def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
     tokenizer = load_tokenizer(config.model)
     new_token_ids = add_tokens(tokenizer, config.tokens.add)
     skeleton = build_skeleton(config.model)
-    _check_vocabulary(tokenizer, skeleton, new_token_ids)
-    _check_positions(skeleton, config.data)
+    check_vocabulary(tokenizer, skeleton, new_token_ids)
+    check_positions(skeleton, config.data)
     parts.check_model(skeleton)
     assert parts.dataset is not None
     encoded = encode(parts.dataset, tokenizer, config.data)
     logger.info("%s", _data_line(encoded, config.data))
-    _check_evaluates(encoded, config, parts)
+    check_evaluates(encoded, config, parts)
     return _Prepared(wanted, tokenizer, new_token_ids, skeleton, encoded)
 
 
@@ -215,7 +214,7 @@ def _build(config: RunConfig, parts: Parts, prepared: _Prepared) -> tuple[torch.
     base = load_model(config.model, parts.quantizer, skeleton=prepared.skeleton, tokenizer=prepared.tokenizer)
     linears, size = LinearWeights(base, parts.quantizer), Footprint.of(base, parts.quantizer)
     model = inject_adapter(base, parts.adapter, new_token_ids=prepared.new_token_ids)
-    kernels = _apply_kernels(model, config, parts)
+    kernels = apply_kernels(model, config, parts)
     _report(size, linears.covered_by(model), parts)
     return model, kernels
 
@@ -290,80 +289,6 @@ def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
     return path
 
 
-def _check_vocabulary(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    skeleton: transformers.PreTrainedModel,
-    new_token_ids: Sequence[int],
-) -> None:
-    rows = skeleton.get_input_embeddings().weight.shape[0]
-    size = len(tokenizer) - len(new_token_ids)
-    if size > rows:
-        raise ModelError(
-            f"model.path: the tokenizer has {size} tokens and the model only {rows} embeddings; use the model's own tokenizer"
-        )
-
-
-def _check_positions(skeleton: transformers.PreTrainedModel, data: DataConfig) -> None:
-    """Raise ConfigError for blocks longer than a table of learned positions; warn where positions are computed."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or data.sequence_length <= limit:
-        return
-    what = f"the model was made for {limit} positions (got {data.sequence_length}); set data.sequence_length to at most {limit}"
-    tables = [m for m in skeleton.modules() if hasattr(m, "num_embeddings") and m is not skeleton.get_input_embeddings()]
-    if any(limit <= table.num_embeddings <= limit + 8 for table in tables):  # OPT's table has two rows more
-        raise ConfigError([Problem(("data", "sequence_length"), what)])
-    logger.warning("data.sequence_length: %s", what)
-
-
-def _check_evaluates(encoded: Encoded, config: RunConfig, parts: Parts) -> None:
-    """Raise DataError where something needs evaluation data and there is none."""
-    wanting = [f"callback {callback.name!r}" for callback in parts.callbacks if callback.needs_evaluation]
-    wanting += ["training.keep: best"] if config.training.keep == "best" else []
-    if wanting and encoded.eval is None:
-        raise DataError(f"data.eval_fraction: nothing is held out, and {wanting[0]} needs evaluation data; set it above 0")
-
-
-def _apply_kernels(model: torch.nn.Module, config: RunConfig, parts: Parts) -> Kernels | None:
-    chosen = _most_suitable(config, parts) if parts.auto_kernels else next(iter(parts.kernels), None)
-    if chosen is not None:
-        with calling(chosen, "apply"):
-            applied = chosen.apply(model)
-        if applied is not model:
-            raise PluginError(
-                f"kernels {chosen.name!r}: apply must rewrite the model in place and return it (got {applied!r:.80})"
-            )
-    return chosen
-
-
-def _most_suitable(config: RunConfig, parts: Parts) -> Kernels | None:
-    """Return the kernels that suit the device best, of those that can work in this run and say a rank above 0."""
-    from qlora_core.device import pick_device
-
-    device = pick_device().type
-    ranks: dict[str, tuple[int, Kernels]] = {}
-    for kernels in parts.kernels:
-        name = describe_provider(kernels)["provider"]
-        try:
-            with calling(kernels, "suits"):
-                rank = answered(kernels, "suits", kernels.suits(device), int, "a whole number")
-            if rank > 0:
-                with calling(kernels, "check"):
-                    kernels.check(config, parts)
-                with calling(kernels, "missing"):
-                    rank = 0 if kernels.missing() else rank
-        except QLoRAError as error:
-            logger.warning("kernels: auto leaves out %r: %s", name, error)
-            continue
-        if rank > 0:
-            ranks[name] = rank, kernels
-    best = max((rank for rank, _ in ranks.values()), default=0)
-    equal = sorted(name for name, (rank, _) in ranks.items() if rank == best)
-    if len(equal) > 1:
-        names = " and ".join(repr(name) for name in equal)
-        raise ConfigError([Problem(("kernels",), f"auto can't choose between {names}, which suit {device} equally; name one")])
-    return ranks[equal[0]][1] if equal else None
-
-
 def _data_line(encoded: Encoded, data: DataConfig) -> str:
     held_out = f"{len(encoded.eval):,} blocks ({encoded.eval_tokens:,} tokens)" if encoded.eval is not None else "none"
     train = f"{len(encoded.train):,} blocks ({encoded.train_tokens:,} tokens)"
@@ -387,16 +312,3 @@ def _report(size: Footprint, coverage: Coverage, parts: Parts) -> None:
 def _named_sizes(left_out: Sequence[tuple[str, int]], total: int) -> str:
     shown = ", ".join(f"{name} ({100 * size / total:.1f} %)" for name, size in left_out[:5])
     return shown + (f", and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-
-
-def _check_space(run: Run, model: torch.nn.Module, training: TrainingConfig) -> None:
-    """Raise RunError unless the disk has room for the checkpoints (weights and two moments each) and the adapter."""
-    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    needed = trained * (3 * ((training.save_total_limit or 2) + 1) + 1)
-    parent = next(p for p in (run.folder, *run.folder.parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise RunError(
-            f"output: {parent} has {free / 1e6:,.0f} MB free and the run writes about {needed / 1e6:,.0f} MB; "
-            "free some space, name another folder, or lower training.save_total_limit or the adapter's rank"
-        )

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_core.config import RunConfig
-from qlora_core.errors import ConfigError
 from qlora_core.hooks import hookimpl
-from qlora_core.parts import Parts
 from qlora_core.providers import Adapter, Kernels, Quantizer
 
 if TYPE_CHECKING:
@@ -45,10 +42,6 @@ class NoAdapter(Adapter):
 
     name = "none"
     trains = False
-
-    def check(self, config: RunConfig, parts: Parts) -> None:
-        """Refuse every training run."""
-        raise ConfigError("the adapter 'none' leaves nothing to train; choose another, such as lora")
 
     def inject(self, model: transformers.PreTrainedModel, new_token_ids: Sequence[int] = ()) -> torch.nn.Module:
         """Return *model* itself."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_core.cli.generate import open_run
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, say_on_stderr, stdout
 from qlora_core.config import ProviderConfig
 from qlora_core.errors import DataError
 from qlora_core.parts import build
@@ -35,8 +35,8 @@ def evaluate(
     """
     say_on_stderr(quiet=quiet, verbose=verbose)
     chosen = ProviderConfig(name="text", path=data)
-    _, text = build(make_registry(modules, disable), "dataset", chosen, "--data")
-    saved = open_run(source, modules, disable)
+    saved, registry = open_run(source, modules, disable)
+    _, text = build(registry, "dataset", chosen, "--data")
     run, model, tokenizer = saved.run, saved.load_base(), saved.load_tokenizer()
     from qlora_core.data.encode import encode_split
     from qlora_core.evaluation import evaluate as score

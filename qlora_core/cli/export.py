@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_core.cli.generate import open_run
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, say_on_stderr, stdout
 from qlora_core.errors import ConfigError, PluginError, Problem, RunError
 from qlora_core.parts import Parts, made
 from qlora_core.yaml_file import scalar
@@ -45,9 +45,7 @@ def export(
         if not equals:
             raise ConfigError(f"--set {option}: write option=value")
         chosen[name.strip()] = scalar(text)
-    saved = open_run(source, modules, disable)
-    config = saved.run.config
-    registry = make_registry([*config.plugins, *(modules or [])], [*config.disable_plugins, *(disable or [])])
+    saved, registry = open_run(source, modules, disable)
     try:
         exporter = made(registry.find("exporter", to), chosen)
     except PluginError as error:
@@ -58,7 +56,7 @@ def export(
     if target.exists() and not overwrite:
         raise RunError(f"{target} exists already; name another folder with --output, or replace it with --overwrite")
     parts = Parts(saved.quantizer, saved.adapter, None, exporters=(exporter,))
-    parts.check(config)
+    parts.check(saved.run.config)
     parts.check_libraries()
     from qlora_core.pipeline import export as write
 

@@ -13,6 +13,7 @@ from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose
 from qlora_core.config import ModelConfig, ProviderConfig
 from qlora_core.errors import ConfigError
 from qlora_core.parts import build
+from qlora_core.registry import Registry
 from qlora_core.run import Run
 from qlora_core.saved import SavedRun
 
@@ -71,16 +72,16 @@ def generate(
     sys.stdout.flush()
 
 
-def open_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> SavedRun:
-    """Return the finished run in *folder*, with the plugins that its own configuration and the options name."""
+def open_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> tuple[SavedRun, Registry]:
+    """Return the finished run in *folder*, and the plugins that its own configuration and the options name."""
     config = Run.open(folder).config
     registry = make_registry([*config.plugins, *(modules or [])], [*config.disable_plugins, *(disable or [])])
-    return SavedRun.open(folder, registry)
+    return SavedRun.open(folder, registry), registry
 
 
 def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None) -> tuple[Any, Any]:
     if Run.holds_a_run(Path(source)):
-        saved = open_run(source, modules, disable)
+        saved, _ = open_run(source, modules, disable)
         return saved.add_adapter(saved.load_base()), saved.load_tokenizer()
     from qlora_core.model import load_model, load_tokenizer
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qlora_core.calls import calling
+from qlora_core.calls import answered, calling
 from qlora_core.config import DataConfig
-from qlora_core.errors import DataError, PluginError
+from qlora_core.errors import DataError
 from qlora_core.libraries import import_libraries
 
 if TYPE_CHECKING:
@@ -87,11 +87,8 @@ def encode_split(
     from qlora_core.data.arrow import cached_dataset
 
     with calling(source, f"examples({split!r})"):
-        examples = source.examples(split)
-    if examples is not None and not isinstance(examples, datasets.Dataset):
-        raise PluginError(
-            f"dataset {source.name!r}: examples must return a datasets.Dataset or None (got {type(examples).__name__})"
-        )
+        kinds, words = (datasets.Dataset, type(None)), "a datasets.Dataset or None"
+        examples = answered(source, "examples", source.examples(split), kinds, words)
     if examples is None:
         return None
     if "input_ids" in examples.column_names:

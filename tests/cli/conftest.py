@@ -54,16 +54,12 @@ def qlora() -> Callable[..., Result]:
 
 
 @pytest.fixture(autouse=True)
-def _plain_surroundings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_surroundings(tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each test in a folder of its own, without colours forced by the environment, with a cache of its own."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "QLORA_DISABLE_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
-    if "datasets" in sys.modules:
-        monkeypatch.setattr(sys.modules["datasets"].config, "HF_DATASETS_CACHE", str(cache))
 
 
 @pytest.fixture

@@ -266,15 +266,27 @@ def test_a_broken_provider_takes_down_nothing_that_does_not_use_it(
             "return None",
             "error: adapter 'broken_a' of module '{name}': inject must return the adapted model (got None)",
         ),
-        ("apply", "return None", "error: kernels 'broken_k': apply must rewrite the model in place and return it (got None)"),
+        (
+            "apply",
+            "return None",
+            "error: kernels 'broken_k' of module '{name}': apply must rewrite the model in place and return it (got None)",
+        ),
         (
             "training_arguments",
             "return",
             "error: callback 'broken_c' of module '{name}': training_arguments must return a dict (got None)",
         ),
         ("missing", "return 'a CUDA device'", "error: quantizer: 'broken_q' needs a CUDA device; this machine has it not"),
-        ("build", "return 3", "error: callback 'broken_c': build must return a transformers.TrainerCallback (got 3)"),
-        ("examples", "return [1]", "error: dataset 'broken_d': examples must return a datasets.Dataset or None (got list)"),
+        (
+            "build",
+            "return 3",
+            "error: callback 'broken_c' of module '{name}': build must return a transformers.TrainerCallback (got 3)",
+        ),
+        (
+            "examples",
+            "return [1]",
+            "error: dataset 'broken_d' of module '{name}': examples must return a datasets.Dataset or None (got [1])",
+        ),
         (
             "training_arguments",
             "return {'learning_rate': 1.0}",
