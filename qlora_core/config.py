@@ -74,14 +74,42 @@ class DataConfig(Section):
     )
     packing: bool = Field(
         True,
-        description="join documents, an end-of-text token between them, and cut full blocks; false: no block spans two",
+        description="fill blocks with several samples, none of which sees another; false: one sample per block, "
+        "batches of similar length, padded",
     )
     eval_fraction: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="share of the blocks, from the end, held out for evaluation; unused with a separate file",
+        description="share of the samples, from the end, held out for evaluation; unused with a separate file",
     )
+    train_on: Literal["auto", "all", "completion", "assistant", "last_turn"] = Field(
+        "auto",
+        description="tokens that are supervised; auto: all of a text, the completion of a prompt, "
+        "what the assistant says in a chat",
+    )
+    template: str | None = Field(
+        None,
+        min_length=1,
+        description="chat template: a name (chatml, llama3, mistral, gemma, phi, plain), a Jinja file, or none to join prompt "
+        "and completion as they are; by default the tokenizer's own, else plain",
+    )
+    truncate: bool = Field(
+        False, description="cut samples at sequence_length; false: one that is longer is a problem. Raw text is split, not cut"
+    )
+    on_problem: Literal["error", "skip", "warn"] = Field(
+        "error",
+        description="rows with a problem: error stops before training, skip leaves them out, warn keeps what can be kept",
+    )
+    deduplicate: bool = Field(
+        False, description="leave out rows that repeat an earlier one, and training rows that are also held out"
+    )
+    pad_to_multiple_of: int = Field(8, ge=1, description="batches are padded to a multiple of so many tokens")
+    streaming: bool = Field(
+        False, description="read while training and store nothing; needs training.max_steps, and eval_fraction: 0"
+    )
+    gate_rows: int = Field(10_000, ge=1, description="with streaming: rows that are checked before the model is loaded")
+    buffer: int = Field(1_000, ge=1, description="with streaming: samples that are packed and shuffled together")
 
 
 class TokensConfig(Section):

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from qlora_core.validation import validate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import datasets
@@ -193,10 +193,25 @@ class DatasetSource(Provider):
     def examples(self, split: Literal["train", "eval"]) -> datasets.Dataset | None:
         """Return the examples of *split*, or None where there is no separate "eval" split.
 
-        Columns are either `text` (with an optional boolean `continues`: the row goes on the document of the row before),
-        or `input_ids` with optional `labels` (-100 where a token is not supervised).
+        The columns are one of these sets:
+
+        - `text`, with an optional boolean `continues`: the row goes on the document of the row before
+        - `prompt` and `completion`, with an optional `system`: text each
+        - `messages`, with an optional `tools`: a list of turns in OpenAI's form, `{role, content, ...}`
+        - `input_ids`, with optional `labels` (-100 where a token is not supervised)
+
+        and in each an optional `origin`: where the row comes from ("chats.jsonl:17"), which messages about the row name.
         Raise DataError where the data can't be read.
         """
+
+    def stream(self, position: Any = None) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Yield the rows of the training split without storing them, each with the position after it, which JSON can hold.
+
+        A later call with that *position* goes on from there. By default the rows of `examples`, by their index.
+        """
+        examples = self.examples("train")
+        for index in range(position or 0, len(examples) if examples is not None else 0):
+            yield examples[index], index + 1  # type: ignore[index]
 
 
 class Kernels(Provider):
