@@ -56,6 +56,7 @@ def configuration_top() -> str:
     rows = []
     for name, field in RunConfig.model_fields.items():
         kind = "a provider" if name in PROVIDED else "list of providers" if name in LISTED else type_text(field.annotation)
+        kind = "a provider, or a list of them" if name == "dataset" else kind
         if name in SECTIONS:
             kind = f"[section](#{name})"
         default = field.default

@@ -10,16 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 from pydantic_core import to_jsonable_python
 
 from qlora_core import yaml_file
 from qlora_core.errors import ConfigError
 from qlora_core.validation import validate
 
-__all__ = ["DataConfig", "ModelConfig", "ProviderConfig", "RunConfig", "TokensConfig", "TrainingConfig"]
+__all__ = ["DataConfig", "ModelConfig", "ProviderConfig", "RunConfig", "SourceConfig", "TokensConfig", "TrainingConfig"]
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -64,6 +64,21 @@ class ProviderConfig(BaseModel):
     def provider_options(self) -> dict[str, Any]:
         """Everything but the name: what the provider itself validates."""
         return dict(self.model_extra or {})
+
+
+class SourceConfig(ProviderConfig):
+    """A dataset in a list of several, with its weight."""
+
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="times that each sample is seen in an epoch; 0.5 takes half of them"
+    )
+
+
+Sources = Annotated[
+    Annotated[ProviderConfig, Tag("<one>")] | Annotated[tuple[SourceConfig, ...], Tag("<several>"), Field(min_length=1)],
+    Discriminator(lambda value: "<several>" if isinstance(value, list | tuple) else "<one>"),
+]
+"""One dataset, or a list of several. validation.TAGS takes the tags out of the places in messages."""
 
 
 class DataConfig(Section):
@@ -177,7 +192,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="the base model")
     quantizer: ProviderConfig = Field(ProviderConfig(name="nf4"), description="how the frozen base model is stored")
     adapter: ProviderConfig = Field(ProviderConfig(name="lora"), description="which small set of parameters is trained")
-    dataset: ProviderConfig = Field(description="where examples come from")
+    dataset: Sources = Field(description="where examples come from; a list mixes several, each with a weight (1 by default)")
     data: DataConfig = Field(DataConfig(), description="how examples become tokens and blocks")
     tokens: TokensConfig = Field(TokensConfig(), description="tokens that the vocabulary lacks")
     kernels: ProviderConfig = Field(
@@ -195,6 +210,13 @@ class RunConfig(Section):
     plugins: tuple[str, ...] = Field((), description="modules to use as plugins although they are not installed as such")
     disable_plugins: tuple[str, ...] = Field((), description="installed plugins that are not even imported, by name")
 
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The datasets, one or several."""
+        if isinstance(self.dataset, tuple):
+            return self.dataset
+        return (SourceConfig(name=self.dataset.name, weight=1.0, **self.dataset.provider_options),)
+
     @field_validator("model", mode="before")
     @classmethod
     def _short_model(cls, value: Any) -> Any:
@@ -205,10 +227,10 @@ class RunConfig(Section):
     def _short_provider(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("callbacks", "exports", mode="before")
+    @field_validator("dataset", "callbacks", "exports", mode="before")
     @classmethod
     def _short_list(cls, value: Any) -> Any:
-        return [cls._short_provider(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return [cls._short_provider(item) for item in value] if isinstance(value, list | tuple) else value
 
     @field_validator("output")
     @classmethod

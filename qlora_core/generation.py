@@ -62,8 +62,11 @@ def generate(
     device = next(model.parameters()).device
     if chat and tokenizer.chat_template is None:
         raise ModelError("the model has no chat template; leave out --chat")
+    stop: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = list(stop) if isinstance(stop, list) else [stop]
     if chat:
         turns = [{"role": "user", "content": prompt}]
+        ends.append(_end_of_turn(tokenizer))
         encoded: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
@@ -79,6 +82,7 @@ def generate(
                 do_sample=temperature > 0,
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
+                eos_token_id=sorted({end for end in ends if end is not None}) or None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=Pieces() if on_text else None,
             )
@@ -86,3 +90,12 @@ def generate(
         model.train(mode)
     shown = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))[len(shown) :]
+
+
+def _end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase) -> int | None:
+    """Return the id of the token that ends an answer in the tokenizer's template, which need not be EOS."""
+    from qlora_core.data.mask import end_of_turn
+    from qlora_core.data.template import ChatTemplate
+
+    template = ChatTemplate.choose(tokenizer, None)
+    return end_of_turn(tokenizer, template) if template is not None else None

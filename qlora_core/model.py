@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,12 +186,19 @@ def load_quantized(quantizer: Quantizer, folder: Path) -> transformers.PreTraine
     return model.eval()
 
 
-def add_tokens(tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Add *tokens* to *tokenizer* and return their ids; raise ModelError for one that it has already."""
+def add_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence[str], *, special: Collection[str] = ()
+) -> list[int]:
+    """Add *tokens* to *tokenizer* and return their ids; raise ModelError for one that it has already.
+
+    Those in *special*, such as the end of a turn, are no text: generation does not show them.
+    """
+    import transformers
+
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known:
         raise ModelError(f"tokens.add: {known[0]!r} is in the vocabulary already; leave it out")
-    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_tokens([transformers.AddedToken(t, special=t in special, normalized=False) for t in tokens])
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     assert isinstance(ids, list)
     return ids

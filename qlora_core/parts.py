@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_core.calls import calling, reason, traced
-from qlora_core.config import ProviderConfig, RunConfig
+from qlora_core.config import ProviderConfig, RunConfig, SourceConfig
 from qlora_core.errors import ConfigError, PluginError, Problem, QLoRAError
 from qlora_core.providers import (
     Adapter,
@@ -26,9 +26,16 @@ from qlora_core.validation import did_you_mean
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["Parts", "build", "described", "made", "resolve"]
+__all__ = ["Parts", "Weighted", "build", "described", "made", "resolve"]
 
 logger = logging.getLogger("qlora_core")
+
+
+class Weighted(NamedTuple):
+    """A dataset, and how often each of its samples is seen in an epoch; 0.5 takes half of them."""
+
+    source: DatasetSource
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,8 @@ class Parts:
 
     quantizer: Quantizer
     adapter: Adapter
-    dataset: DatasetSource | None
-    """None where a finished run is read back."""
+    datasets: tuple[Weighted, ...]
+    """One, or several that are mixed; none where a finished run is read back."""
     kernels: tuple[Kernels, ...] = ()
     """The one to apply; with *auto_kernels* the candidates, of which the one that suits the device best is."""
     callbacks: tuple[CallbackFactory, ...] = ()
@@ -49,8 +56,8 @@ class Parts:
         """Yield each provider with its place in the configuration."""
         yield ("quantizer",), self.quantizer
         yield ("adapter",), self.adapter
-        if self.dataset is not None:
-            yield ("dataset",), self.dataset
+        for index, (source, _) in enumerate(self.datasets):
+            yield ("dataset", index) if len(self.datasets) > 1 else ("dataset",), source
         for kernels in () if self.auto_kernels else self.kernels:
             yield ("kernels",), kernels
         for index, callback in enumerate(self.callbacks):
@@ -66,6 +73,10 @@ class Parts:
         if not self.adapter.trains:
             what = f"the adapter {self.adapter.name!r} leaves nothing to train; choose another, such as lora"
             problems.append(Problem(("adapter",), what))
+        if config.data.streaming and config.training.max_steps is None:
+            problems.append(
+                Problem(("training", "max_steps"), "required with data.streaming: a stream has no end that is known")
+            )
         problems += _twice(self.exporters)
         for where, provider in self.located():
             try:
@@ -146,8 +157,11 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
     sections: list[tuple[str, str, ProviderConfig, tuple[str | int, ...]]] = [
         ("quantizer", "quantizer", config.quantizer, ("quantizer",)),
         ("adapter", "adapter", config.adapter, ("adapter",)),
-        ("dataset", "dataset", config.dataset, ("dataset",)),
     ]
+    several = isinstance(config.dataset, tuple)
+    for index, source in enumerate(config.sources):
+        choice = ProviderConfig(name=source.name, **source.provider_options)
+        sections.append((f"dataset {index}", "dataset", choice, ("dataset", index) if several else ("dataset",)))
     if config.kernels.name == "auto":
         problems += [
             Problem(("kernels", o), "unknown option; auto accepts no options") for o in config.kernels.provider_options
@@ -166,19 +180,25 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    sources = [f"dataset {index}" for index in range(len(config.sources))]
     callbacks = [f"callback {index}" for index in range(len(config.callbacks))]
     exporters = [f"exporter {index}" for index in range(len(config.exports))]
     kernels = built["kernels"] if isinstance(built["kernels"], tuple) else (built["kernels"],)
     parts = Parts(
         built["quantizer"],
         built["adapter"],
-        built["dataset"],
+        tuple(Weighted(built[key], source.weight) for key, source in zip(sources, config.sources, strict=True)),
         kernels,
         tuple(built[callback] for callback in callbacks),
         tuple(built[exporter] for exporter in exporters),
         auto_kernels=isinstance(built["kernels"], tuple),
     )
-    resolved: dict[str, Any] = {key: choices[key] for key in ("quantizer", "adapter", "dataset", "kernels") if key in choices}
+    resolved: dict[str, Any] = {key: choices[key] for key in ("quantizer", "adapter", "kernels") if key in choices}
+    mixed = [
+        SourceConfig(weight=source.weight, **choices[key].model_dump(mode="json"))
+        for key, source in zip(sources, config.sources, strict=True)
+    ]
+    resolved["dataset"] = tuple(mixed) if several else choices["dataset 0"]
     resolved["callbacks"] = tuple(choices[callback] for callback in callbacks)
     resolved["exports"] = tuple(choices[exporter] for exporter in exporters)
     return config.model_copy(update=resolved), parts

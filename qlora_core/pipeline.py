@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from qlora_core.footprint import Coverage, Footprint, LinearWeights
 from qlora_core.kernels import apply_kernels
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
-from qlora_core.parts import Parts, described
+from qlora_core.parts import Parts, Weighted, described
 from qlora_core.preflight import check_evaluates, check_positions, check_space, check_vocabulary
 from qlora_core.provenance import plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from qlora_core.data.encode import Encoded
 
-__all__ = ["Finished", "Interrupted", "execute", "export", "finetune", "train"]
+__all__ = ["Finished", "Interrupted", "Prepared", "execute", "export", "finetune", "prepare", "train"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -57,7 +57,7 @@ def finetune(
     model: str | Path | ModelConfig,
     quantizer: Quantizer,
     adapter: Adapter,
-    dataset: DatasetSource,
+    dataset: DatasetSource | Sequence[tuple[DatasetSource, float]],
     *,
     output: str | Path,
     data: DataConfig | Mapping[str, Any] | None = None,
@@ -71,14 +71,19 @@ def finetune(
 ) -> Finished:
     """Fine-tune *model* and return the finished run; needs no registry and no configuration file.
 
+    *dataset* may be several, each with the times that its samples are seen in an epoch: `[(chats, 1.0), (text, 0.5)]`.
     The sections *data*, *training* and *tokens* take the keys of the configuration of the same name. *callbacks* may be
     providers or plain `transformers.TrainerCallback`s; the latter can't be written into the run's config.yaml.
     Raises a QLoRAError (ConfigError, DataError, ModelError, RunError) for what the caller can mend.
     """
+    given_sources: Sequence[Any] = dataset if isinstance(dataset, list | tuple) else [dataset]
+    mix = [Weighted(*pair) if isinstance(pair, tuple) else Weighted(pair) for pair in given_sources]
+    if not mix:
+        raise ConfigError([Problem(("dataset",), "the list is empty; nothing to train on")])
     for name, given, kind in (
         ("quantizer", quantizer, Quantizer),
         ("adapter", adapter, Adapter),
-        ("dataset", dataset, DatasetSource),
+        *(("dataset", source, DatasetSource) for source, _ in mix),
     ):
         if not isinstance(given, kind):
             raise ConfigError(
@@ -92,7 +97,9 @@ def finetune(
             "model": model.model_dump() if isinstance(model, ModelConfig) else str(model),
             "quantizer": _named(quantizer),
             "adapter": _named(adapter),
-            "dataset": _named(dataset),
+            "dataset": [_named(source) | {"weight": weight} for source, weight in mix]
+            if len(mix) > 1
+            else _named(mix[0].source),
             "kernels": _named(kernels) if kernels is not None else "reference",
             "callbacks": [_named(factory) for factory in factories],
             "exports": [_named(exporter) for exporter in exports],
@@ -100,7 +107,7 @@ def finetune(
             **{key: value.model_dump() if hasattr(value, "model_dump") else value for key, value in sections.items() if value},
         }
     )
-    parts = Parts(quantizer, adapter, dataset, (kernels,) if kernels is not None else (), factories, tuple(exports))
+    parts = Parts(quantizer, adapter, tuple(mix), (kernels,) if kernels is not None else (), factories, tuple(exports))
     return execute(config, parts, plain_callbacks=plain, overwrite=overwrite, resume=resume)
 
 
@@ -115,14 +122,17 @@ def execute(
 ) -> Finished:
     """Run *config* with *parts*: check, encode, load, inject, train, save. All that can fail early fails early."""
     run = Run(Path(config.output), config, quiet)
-    if parts.dataset is None:
+    if not parts.datasets:
         raise ConfigError([Problem(("dataset",), "required; nothing to train on")])
     parts.check(config)
     run.check_folder(overwrite=overwrite, resume=bool(resume))
     start = _checkpoint_to_resume(run, resume)
     if start is not None and (run.folder / "config.yaml").is_file():
         run.check_resumable()
-    prepared = _prepare(config, parts, run)
+    wanted = _wanted(config, parts, run)
+    prepared = prepare(config, parts)
+    logger.info("%s", _data_line(prepared.encoded, config.data))
+    check_evaluates(prepared.encoded, config, parts)
     model, kernels = _build(config, parts, prepared)
     check_space(run, model, config.training)
 
@@ -142,7 +152,7 @@ def execute(
     processes.wait_for_everyone()
     callbacks = [*(_callback(factory, run) for factory in parts.callbacks), *plain_callbacks]
     tokenizer = prepared.tokenizer
-    metrics = train(model, tokenizer, prepared.encoded, run, callbacks, wanted=prepared.wanted, resume_from=start)
+    metrics = train(model, tokenizer, prepared.encoded, run, callbacks, wanted=wanted, resume_from=start)
     if processes.is_main_process:
         with calling(parts.adapter, "save"):
             run.write_adapter(lambda folder: _save(parts.adapter, model, tokenizer, folder))
@@ -170,43 +180,50 @@ def _callback(factory: CallbackFactory, run: Run) -> transformers.TrainerCallbac
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What is known about a run before any weight is loaded."""
 
-    wanted: dict[str, Any]
-    """TrainingArguments that callbacks declare."""
     tokenizer: transformers.PreTrainedTokenizerBase
     new_token_ids: list[int]
     skeleton: transformers.PreTrainedModel
+    """The model on the meta device."""
     encoded: Encoded
 
 
-def _prepare(config: RunConfig, parts: Parts, run: Run) -> _Prepared:
-    """Check all that needs a library but no weights, and encode the data."""
+def prepare(config: RunConfig, parts: Parts) -> Prepared:
+    """Return tokenizer, skeleton and encoded data of *config*; refuse what does not fit together. Loads no weights."""
     import_libraries()
     from qlora_core.data.encode import encode
-    from qlora_core.training.arguments import training_arguments
+    from qlora_core.data.template import CONTROL_TOKENS
 
     parts.check_libraries()
-    wanted: dict[str, Any] = {}
-    for callback in parts.callbacks:
-        with calling(callback, "training_arguments"):
-            wanted |= answered(callback, "training_arguments", callback.training_arguments(), dict, "a dict")
-    training_arguments(config.training, output=run.folder, evaluates=False, wanted=wanted)  # refuses early
     tokenizer = load_tokenizer(config.model)
-    new_token_ids = add_tokens(tokenizer, config.tokens.add)
+    new_token_ids = add_tokens(tokenizer, config.tokens.add, special=CONTROL_TOKENS.get(config.data.template or "", ()))
     skeleton = build_skeleton(config.model)
     check_vocabulary(tokenizer, skeleton, new_token_ids)
     check_positions(skeleton, config.data)
     parts.check_model(skeleton)
-    assert parts.dataset is not None
-    encoded = encode(parts.dataset, tokenizer, config.data)
-    logger.info("%s", _data_line(encoded, config.data))
-    check_evaluates(encoded, config, parts)
-    return _Prepared(wanted, tokenizer, new_token_ids, skeleton, encoded)
+    encoded = encode(parts.datasets, tokenizer, config.data, seed=config.training.seed)
+    if encoded.template is not None and encoded.template.name != "tokenizer":
+        tokenizer.chat_template = encoded.template.source  # saved with the adapter: inference sees what training saw
+    return Prepared(tokenizer, new_token_ids, skeleton, encoded)
 
 
-def _build(config: RunConfig, parts: Parts, prepared: _Prepared) -> tuple[torch.nn.Module, Kernels | None]:
+def _wanted(config: RunConfig, parts: Parts, run: Run) -> dict[str, Any]:
+    """Return the training arguments that callbacks declare; refuse early what the Trainer would refuse."""
+    import_libraries()
+    from qlora_core.training.arguments import training_arguments
+
+    wanted: dict[str, Any] = {}
+    for callback in parts.callbacks:
+        with calling(callback, "training_arguments"):
+            wanted |= answered(callback, "training_arguments", callback.training_arguments(), dict, "a dict")
+    streams = config.data.streaming
+    training_arguments(config.training, output=run.folder, evaluates=False, streams=streams, wanted=wanted)
+    return wanted
+
+
+def _build(config: RunConfig, parts: Parts, prepared: Prepared) -> tuple[torch.nn.Module, Kernels | None]:
     """Load the base model, inject the adapter, apply kernels, and say what came of it."""
     import transformers
 
@@ -246,7 +263,9 @@ def train(
     from qlora_core.training.trainer import KeepBest, QLoRATrainer
 
     settings = run.config.training
-    arguments = training_arguments(settings, output=run.folder, evaluates=encoded.eval is not None, wanted=wanted)
+    arguments = training_arguments(
+        settings, output=run.folder, evaluates=encoded.eval is not None, streams=run.config.data.streaming, wanted=wanted
+    )
     stop = StopOnSignal()
     own = [KeepBest(), stop] if settings.keep == "best" else [stop]
     trainer = QLoRATrainer(model, tokenizer, encoded, arguments, run, [*callbacks, *own])
@@ -290,6 +309,8 @@ def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
 
 
 def _data_line(encoded: Encoded, data: DataConfig) -> str:
+    if not isinstance(encoded.train, Sized):
+        return f"data: a stream, of which {encoded.rows['train']:,} samples were checked, blocks of {data.sequence_length}"
     held_out = f"{len(encoded.eval):,} blocks ({encoded.eval_tokens:,} tokens)" if encoded.eval is not None else "none"
     train = f"{len(encoded.train):,} blocks ({encoded.train_tokens:,} tokens)"
     return f"data: {train} to train on, held out {held_out}, blocks of {data.sequence_length}"

@@ -44,7 +44,7 @@ def provenance(
     providers: dict[str, Any] = {
         "quantizer": describe_provider(parts.quantizer),
         "adapter": describe_provider(parts.adapter),
-        "dataset": describe_provider(parts.dataset) if parts.dataset is not None else None,
+        "datasets": [describe_provider(source) for source, _ in parts.datasets],
         "kernels": describe_provider(kernels) if kernels is not None else None,
         "callbacks": [describe_provider(callback) for callback in parts.callbacks],
         "exports": [describe_provider(exporter) for exporter in parts.exporters],

@@ -39,6 +39,7 @@ def config_schema(registry: Registry) -> dict[str, Any]:
     """Return the JSON Schema of a configuration file; each provider's options are the installed ones."""
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
+    weight = definitions.pop("SourceConfig")["properties"]["weight"]
     definitions.pop("ProviderConfig", None)
     properties = schema["properties"]
     for section, kind in SECTIONS.items():
@@ -60,9 +61,17 @@ def config_schema(registry: Registry) -> dict[str, Any]:
         described = {"description": properties[section]["description"]}
         one: dict[str, Any] = {"anyOf": choices}
         properties[section] = {"type": "array", "items": one, **described} if section in LISTS else {**one, **described}
+        if section == "dataset":
+            several = {"type": "array", "minItems": 1, "items": {"anyOf": [_weighted(choice, weight) for choice in choices]}}
+            properties[section] = {"anyOf": [*choices, several], **described}
     properties["model"] = {"anyOf": [{"type": "string"}, properties["model"]]}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
+
+
+def _weighted(choice: dict[str, Any], weight: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema *choice* of a provider with the key `weight` beside its options."""
+    return {**choice, "properties": {**choice["properties"], "weight": weight}} if "properties" in choice else choice
 
 
 def _options_schema(provider: type[Provider]) -> dict[str, Any]:

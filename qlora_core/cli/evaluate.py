@@ -1,14 +1,15 @@
-"""`qlora eval`: the perplexity of a run on a text, base and adapted model side by side."""
+"""`qlora eval`: the perplexity of a run on a text or on rows, base and adapted model side by side."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qlora_core.cli.generate import open_run
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, say_on_stderr, stdout
+from qlora_core.cli.train import source_of
 from qlora_core.config import ProviderConfig
 from qlora_core.errors import DataError
 from qlora_core.parts import build
@@ -18,7 +19,7 @@ __all__ = ["evaluate"]
 
 def evaluate(
     source: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")],
-    data: Annotated[str, typer.Option(help="A text file, glob or folder to score.")],
+    data: Annotated[str, typer.Option(help="A file, glob or folder of text or rows (JSONL, CSV, ...) to score.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks per forward pass.")] = 2,
     modules: Modules = None,
     disable: Disable = None,
@@ -27,23 +28,27 @@ def evaluate(
     verbose: Verbose = False,
     trace: Trace = False,
 ) -> None:
-    """Score a text with the base and the adapted model: perplexity over every token but the first of each block.
+    """Score data with the base and the adapted model: perplexity over the tokens that the run would supervise.
 
     [bold]Example[/bold]
 
       qlora eval runs/corpus --data held-out.txt
     """
     say_on_stderr(quiet=quiet, verbose=verbose)
-    chosen = ProviderConfig(name="text", path=data)
+    chosen = ProviderConfig(**source_of(data))
     saved, registry = open_run(source, modules, disable)
-    _, text = build(registry, "dataset", chosen, "--data")
+    _, rows_or_text = build(registry, "dataset", chosen, "--data")
     run, model, tokenizer = saved.run, saved.load_base(), saved.load_tokenizer()
     from qlora_core.data.encode import encode_split
     from qlora_core.evaluation import evaluate as score
 
-    blocks = encode_split(text, "train", tokenizer, run.config.data, keep_rest=True)
+    changes: dict[str, Any] = {"train_on": "auto"} if chosen.name == "text" else {}  # of a text every token counts
+    if run.config.data.template != "none":
+        changes["template"] = None  # the tokenizer that the run saved has it
+    settings = run.config.data.model_copy(update=changes)
+    blocks = encode_split(rows_or_text, "train", tokenizer, settings)
     if blocks is None:
-        raise DataError(f"--data {data}: no text")
+        raise DataError(f"--data {data}: no rows")
     precision = run.config.training.mixed_precision
     base = score(model, blocks, batch_size=batch_size, mixed_precision=precision)
     adapted = score(saved.add_adapter(model), blocks, batch_size=batch_size, mixed_precision=precision)

@@ -55,7 +55,7 @@ def export(
     target = output or saved.run.folder / "exports" / exporter.name
     if target.exists() and not overwrite:
         raise RunError(f"{target} exists already; name another folder with --output, or replace it with --overwrite")
-    parts = Parts(saved.quantizer, saved.adapter, None, exporters=(exporter,))
+    parts = Parts(saved.quantizer, saved.adapter, (), exporters=(exporter,))
     parts.check(saved.run.config)
     parts.check_libraries()
     from qlora_core.pipeline import export as write

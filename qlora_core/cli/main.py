@@ -15,7 +15,7 @@ import typer
 
 from qlora_core import __version__
 from qlora_core.calls import ProviderFailed
-from qlora_core.cli import config, demo, doctor, evaluate, export, generate, plugins, train
+from qlora_core.cli import config, data, demo, doctor, evaluate, export, generate, plugins, train
 from qlora_core.errors import QLoRAError
 
 __all__ = ["app", "main"]
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("data")(data.data)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)

@@ -20,7 +20,9 @@ from qlora_core.parts import Parts, resolve
 if TYPE_CHECKING:
     from qlora_core.pipeline import Finished
 
-__all__ = ["RunCrashed", "read_config", "run", "train"]
+__all__ = ["RunCrashed", "read_config", "run", "source_of", "train"]
+
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # files that `--data` takes for rows, not for text
 
 
 def train(
@@ -31,7 +33,10 @@ def train(
         str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A text file, glob or folder; without CONFIG.yaml, or instead of its data.")
+        str | None,
+        typer.Option(
+            help="A file, glob or folder of text or rows (JSONL, CSV, ...); without CONFIG.yaml, or instead of its data."
+        ),
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="The run's folder; default runs/NAME of the configuration or text.")
@@ -94,6 +99,12 @@ def run(resolved: RunConfig, parts: Parts, **options: Any) -> Finished:
         raise RunCrashed(Path(resolved.output)) from error
 
 
+def source_of(data: str) -> dict[str, Any]:
+    """Return the dataset that `--data` names: rows of files that hold some, else raw text."""
+    plain = data.removesuffix(".gz").removesuffix(".zst")
+    return {"name": "records" if plain.endswith(ROWS) else "text", "path": data}
+
+
 def read_config(
     path: Path | None,
     overrides: list[str] | None = None,
@@ -116,11 +127,11 @@ def read_config(
     if model is not None:
         raw["model"] = model
     if data is not None:
-        raw["dataset"] = {"name": "text", "path": data}
+        raw["dataset"] = source_of(data)
     if output is not None:
         raw["output"] = output
     if data == "":
-        raise ConfigError("--data is empty; name a text file, a glob or a folder")
+        raise ConfigError("--data is empty; name a file, a glob or a folder")
     stem = Path(os.path.abspath(data or path or "run")).stem
     raw.setdefault("output", f"runs/{stem if stem and not glob.has_magic(stem) else 'run'}")
     for key, extra in (("plugins", modules), ("disable_plugins", disable)):

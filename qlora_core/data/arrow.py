@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+from filelock import FileLock
 
-from qlora_core.errors import QLoRAError
+from qlora_core.errors import DataError
 
-__all__ = ["cached_dataset"]
+__all__ = ["cached_batches", "cached_dataset"]
 
-FORMAT = 1  # raise it when the same key would give other rows than before
+FORMAT = 2  # raise it when the same key would give other rows than before
+ROWS = 1_000  # rows per record batch
 
 
 def cached_dataset(
@@ -21,21 +26,47 @@ def cached_dataset(
     """Return the rows of `generator(**arguments)` as a data set on disk; constant memory, however many rows.
 
     *key* must change whenever the rows would: rows that were made for it before are taken from the cache of `datasets`.
-    A QLoRAError that the generator raises comes through as it is, and a generator without rows gives an empty data set.
+    What the generator raises comes through as it is, and a generator without rows gives an empty data set.
     """
     columns = datasets.Features(features)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        rows = generator(**arguments)
+        while some := list(itertools.islice(rows, ROWS)):
+            yield from datasets.Dataset.from_list(some, features=columns).data.table.to_batches()
+
+    return cached_batches(batches, columns, key)
+
+
+def cached_batches(batches: Callable[[], Iterator[pa.RecordBatch]], features: dict[str, Any], key: str) -> datasets.Dataset:
+    """Return the record batches that `batches()` yields as a data set on disk; see `cached_dataset`.
+
+    The file is written under another name and moved, so that it is whole or absent; of several processes one writes.
+    """
+    columns = datasets.Features(features)
+    name = hashlib.sha256(f"{FORMAT} {sorted(features)} {key}".encode()).hexdigest()[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "qlora-core"
+    path = folder / f"{name}.arrow"
     try:
-        return datasets.Dataset.from_generator(
-            generator,
-            features=columns,
-            gen_kwargs=arguments,
-            fingerprint=hashlib.sha256(f"{FORMAT} {key}".encode()).hexdigest()[:32],
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, QLoRAError):
-            raise error.__cause__ from None
-        raise
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        return datasets.Dataset.from_dict({name: [] for name in features}, features=columns)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{name}.lock"):
+            if not path.is_file():
+                _write(path, batches(), columns.arrow_schema)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {(error.strerror or str(error)).lower()}; the tokenised data is kept there: make room or make it "
+            "writable, or set HF_DATASETS_CACHE to another folder"
+        ) from error
+    table = datasets.table.MemoryMappedTable.from_file(str(path))
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=columns), fingerprint=name)
+
+
+def _write(path: Path, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,205 +1,279 @@
-"""Turn examples into blocks of token ids, the same way for every dataset source. Memory stays constant: Arrow on disk."""
+"""From examples to blocks: encode, judge, hold out, pack; the same way for every dataset source. Reads top to bottom."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from qlora_core.calls import answered, calling
 from qlora_core.config import DataConfig
-from qlora_core.errors import DataError
+from qlora_core.data import gate
+from qlora_core.errors import ConfigError, DataError, Problem
 from qlora_core.libraries import import_libraries
+from qlora_core.parts import Weighted
 
 if TYPE_CHECKING:
     import datasets
     import transformers
 
+    from qlora_core.data.blocks import Blocks
+    from qlora_core.data.encoders import Encoder
+    from qlora_core.data.stream import StreamedBlocks
+    from qlora_core.data.template import ChatTemplate
     from qlora_core.providers import DatasetSource
 
 __all__ = ["Encoded", "encode", "encode_split"]
 
-ROWS = 64  # examples per call of the tokenizer, which works on a batch in parallel
+logger = logging.getLogger("qlora_core")
+
+SplitName = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks to train and to evaluate on: columns `input_ids` and, where some tokens are not supervised, `labels`."""
+    """Blocks to train and to evaluate on, and what is known about the data."""
 
-    train: datasets.Dataset
-    eval: datasets.Dataset | None
+    train: Blocks | StreamedBlocks
+    eval: Blocks | None
     fingerprint: str
-    """SHA-256 of all token ids and labels, in order."""
+    """SHA-256 of the digests of all samples in order; of a stream, of the first `gate_rows` rows."""
+    template: ChatTemplate | None = None
+    """The chat template in which the samples are rendered; None where there is none."""
+    findings: dict[str, gate.Findings] = field(default_factory=dict)
+    """What the gate found, by split."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Samples before any was left out, by split; without a separate "eval" split they count as "train"."""
 
     @property
     def train_tokens(self) -> int:
-        """Tokens in one epoch."""
-        return _tokens(self.train)
+        """Tokens in one epoch; 0 for a stream, which has no end that is known."""
+        return getattr(self.train, "tokens", 0)
 
     @property
     def eval_tokens(self) -> int:
         """Tokens held out."""
-        return _tokens(self.eval) if self.eval is not None else 0
+        return self.eval.tokens if self.eval is not None else 0
 
 
-def encode(source: DatasetSource, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig) -> Encoded:
-    """Return the blocks that *source* gives; raise DataError where there is nothing to train or to evaluate on.
-
-    Without a separate evaluation split the last `eval_fraction` of the blocks is held out, at least one.
-    """
-    train = encode_split(source, "train", tokenizer, data)
-    if train is None:
-        raise DataError(f"dataset: {source.name!r} gives no examples to train on")
-    evaluation = encode_split(source, "eval", tokenizer, data, keep_rest=True)
-    fingerprint = _digest(train, evaluation)
-    if evaluation is None and data.eval_fraction > 0:
-        held_out = max(1, round(len(train) * data.eval_fraction))
-        if held_out >= len(train):
-            blocks = f"{len(train)} block{'s' if len(train) > 1 else ''} of {data.sequence_length} tokens"
-            raise DataError(
-                f"data.eval_fraction: the data gives {blocks}, too few to hold any out; "
-                "set data.eval_fraction=0, a smaller data.sequence_length, or add data"
-            )
-        evaluation = train.select(range(len(train) - held_out, len(train)))
-        train = train.select(range(len(train) - held_out))
-    return Encoded(train, evaluation, fingerprint)
-
-
-def encode_split(
-    source: DatasetSource,
-    split: Literal["train", "eval"],
+def encode(
+    sources: DatasetSource | Sequence[tuple[DatasetSource, float]],
     tokenizer: transformers.PreTrainedTokenizerBase,
     data: DataConfig,
     *,
-    keep_rest: bool = False,
-) -> datasets.Dataset | None:
-    """Return the blocks of *split*, or None where *source* has no such split; raise DataError where it has no tokens.
+    seed: int = 0,
+) -> Encoded:
+    """Return the blocks that *sources*, one or several with weights, give; raise DataError for what the gate refuses.
 
-    With packing, blocks have exactly `sequence_length` tokens and a shorter rest is dropped unless *keep_rest*; without,
-    each document ends in a shorter block of its own.
+    Without a separate evaluation split the last `eval_fraction` of each source's samples is held out, at least one.
+    *seed* shuffles a stream; blocks that are stored are shuffled in training.
     """
+    mix = _mix(sources)
+    encoders = _Encoders(tokenizer, data)
+    if data.streaming:
+        return _streamed(mix, encoders, seed)
+    train = [_read(source, "train", encoders) for source, _ in mix]
+    evaluation = [_read(source, "eval", encoders) for source, _ in mix]
+    labelled = any(read is not None and read.encoder.labels for read in (*train, *evaluation))
+    chosen: dict[SplitName, list[tuple[datasets.Dataset, np.ndarray]]] = {"train": [], "eval": []}
+    found: dict[str, gate.Findings] = {}
+    rows: dict[str, int] = {}
+    for (source, weight), first, second in zip(mix, train, evaluation, strict=True):
+        if first is None:
+            raise DataError(f"dataset: {source.name!r} gives no examples to train on")
+        ours = _judged(first, labelled, found, rows)
+        theirs = _judged(second, labelled, found, rows) if second is not None else None
+        if theirs is None and data.eval_fraction > 0:
+            ours, theirs = _held_out(ours, data, source)
+        if theirs is not None:
+            ours = _apart(ours, theirs, data, found)
+            chosen["eval"].append(theirs)
+        chosen["train"].append((ours[0], _weighted(ours[1], weight)))
+    for split, findings in found.items():
+        gate.tell(findings, split, data)
+    blocks = {split: _blocks(parts, data) for split, parts in chosen.items() if parts}
+    digest = _fingerprint(chosen.values())
+    return Encoded(blocks["train"], blocks.get("eval"), digest, encoders.template, found, rows)
+
+
+def encode_split(
+    source: DatasetSource, split: SplitName, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig
+) -> Blocks | None:
+    """Return the blocks of *split*, or None where *source* has no such split; raise DataError for what the gate refuses."""
+    read = _read(source, split, _Encoders(tokenizer, data))
+    if read is None:
+        return None
+    found: dict[str, gate.Findings] = {}
+    chosen = _judged(read, read.encoder.labels, found, {})
+    gate.tell(found[split], split, data)
+    return _blocks([chosen], data)
+
+
+class _Encoders:
+    """Makes the encoder of each source; the chat template is chosen once, where one is needed."""
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig) -> None:
+        import_libraries()
+        self.tokenizer = tokenizer
+        self.data = data
+        self.template: ChatTemplate | None = None
+
+    def make(self, columns: Sequence[str], source: str) -> Encoder:
+        from qlora_core.data.encoders import encoder_for, form_of
+        from qlora_core.data.template import ChatTemplate
+
+        if form_of(columns, source) in ("pairs", "chats") and self.template is None:
+            self.template = ChatTemplate.choose(self.tokenizer, self.data.template)
+            missing = self.template.missing_tokens(self.tokenizer) if self.template is not None else []
+            if missing:
+                logger.warning(
+                    "data.template: %s writes %s, no special tokens of the model's; add them with tokens.add, or use plain",
+                    self.template.name,  # type: ignore[union-attr]
+                    ", ".join(missing),
+                )
+        return encoder_for(columns, source, self.tokenizer, self.template, self.data)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One split of one source."""
+
+    source: DatasetSource
+    split: SplitName
+    examples: datasets.Dataset
+    encoder: Encoder
+
+
+def _mix(sources: DatasetSource | Sequence[tuple[DatasetSource, float]]) -> list[Weighted]:
+    from qlora_core.providers import DatasetSource
+
+    return [Weighted(sources)] if isinstance(sources, DatasetSource) else [Weighted(*pair) for pair in sources]
+
+
+def _read(source: DatasetSource, split: SplitName, encoders: _Encoders) -> _Read | None:
     import_libraries()
     import datasets
-
-    from qlora_core.data.arrow import cached_dataset
 
     with calling(source, f"examples({split!r})"):
         kinds, words = (datasets.Dataset, type(None)), "a datasets.Dataset or None"
         examples = answered(source, "examples", source.examples(split), kinds, words)
     if examples is None:
         return None
-    if "input_ids" in examples.column_names:
-        blocks = _as_blocks(examples, data)
-    elif "text" in examples.column_names:
-        settings = f"{split} {data.sequence_length} {data.packing} {keep_rest}"
-        key = f"{examples._fingerprint} {_tokenizer_digest(tokenizer)} {settings}"
-        features = {"input_ids": datasets.List(datasets.Value("int32"))}
-        arguments = {"examples": examples, "tokenizer": tokenizer, "data": data, "keep_rest": keep_rest}
-        blocks = cached_dataset(_text_blocks, features, key, **arguments)
-    else:
-        raise DataError(
-            f"dataset: {source.name!r} gives rows with the columns {', '.join(examples.column_names)}; "
-            "rows must have text, or input_ids with optional labels"
-        )
-    if len(blocks) == 0:
-        tokens = sum(len(ids) for ids, _ in _documents(examples, tokenizer)) if "text" in examples.column_names else 0
-        raise DataError(
-            f"dataset: {source.name!r} gives {tokens} tokens, fewer than one block of {data.sequence_length}; "
-            f"add text, or set data.sequence_length to at most {max(2, tokens)}"
-            if tokens
-            else f"dataset: {source.name!r} gives no tokens; the data is empty"
-        )
-    return blocks
+    return _Read(source, split, examples, encoders.make(examples.column_names, source.name))
 
 
-def _text_blocks(
-    examples: datasets.Dataset,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    data: DataConfig,
-    keep_rest: bool,
-) -> Iterator[dict[str, Any]]:
-    length = data.sequence_length
-    buffer = np.empty(0, dtype=np.int32)
-    for ids, ends in _documents(examples, tokenizer):
-        buffer = np.concatenate([buffer, ids])
-        full = len(buffer) // length * length
-        for start in range(0, full, length):
-            yield {"input_ids": buffer[start : start + length]}
-        buffer = buffer[full:]
-        if ends and not data.packing:
-            if len(buffer) > 1:  # one token alone predicts nothing
-                yield {"input_ids": buffer}
-            buffer = buffer[:0]
-    if keep_rest and len(buffer) > 1:
-        yield {"input_ids": buffer}
+def _judged(
+    read: _Read, labelled: bool, found: dict[str, gate.Findings], rows: dict[str, int]
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """Return the samples of *read* and the indices of those to use; add what was found to *found* and *rows*."""
+    from qlora_core.data.samples import samples_of
+
+    data, name = read.encoder.data, read.source.name
+    samples = samples_of(read.examples, read.encoder, labelled=labelled)
+    findings, kept = gate.check(samples, read.split, name, data)
+    found.setdefault(read.split, gate.Findings()).merge(findings)
+    rows[read.split] = rows.get(read.split, 0) + len(samples)
+    return samples, kept
 
 
-def _documents(
-    examples: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yield runs of token ids, and whether a document ends there, with the tokens that stand around each document.
+def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encoded:
+    """Return endless blocks of what *mix* gives, once the gate has seen the first rows of each source."""
+    from qlora_core.data.stream import Stream, StreamedBlocks, first_rows
 
-    A document begins with what the tokenizer puts before a text (a BOS token, or nothing) and ends with its EOS token.
-    """
-    probe = tokenizer("a")["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    begin = np.array(probe[: len(probe) - len(bare)] if probe[-len(bare) :] == bare else probe[:0], dtype=np.int32)
-    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
-    started = False
-    for rows in examples.iter(batch_size=ROWS):
-        texts = rows["text"]
-        continues = rows.get("continues", [False] * len(texts))
-        for ids, goes_on in zip(_tokenize(tokenizer, texts), continues, strict=True):
-            if not goes_on:
-                if started:
-                    yield end, True
-                yield begin, False
-            started = True
-            yield ids, False
-    if started:
-        yield end, True
-
-
-def _tokenize(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
-
-
-def _as_blocks(examples: datasets.Dataset, data: DataConfig) -> datasets.Dataset:
-    columns = [name for name in ("input_ids", "labels") if name in examples.column_names]
-    for index, row in enumerate(examples.select_columns(columns)):
-        if len(row["input_ids"]) > data.sequence_length:
-            raise DataError(
-                f"dataset: row {index} has {len(row['input_ids'])} tokens, more than data.sequence_length "
-                f"{data.sequence_length}; raise it, or cut the rows"
-            )
-        if not row["input_ids"]:
-            raise DataError(f"dataset: row {index} has no tokens; leave it out")
-        if "labels" in row and len(row["labels"]) != len(row["input_ids"]):
-            raise DataError(f"dataset: row {index} has {len(row['input_ids'])} input_ids and {len(row['labels'])} labels")
-    return examples.select_columns(columns)
-
-
-def _tokens(blocks: datasets.Dataset) -> int:
-    return sum(len(ids) for rows in blocks.iter(batch_size=1000) for ids in rows["input_ids"])
-
-
-def _tokenizer_digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{content} {tokenizer.eos_token}".encode()).hexdigest()
-
-
-def _digest(*splits: datasets.Dataset | None) -> str:
+    data = encoders.data
+    found: dict[str, gate.Findings] = {"train": gate.Findings()}
+    rows: dict[str, int] = {"train": 0}
+    evaluation = [read for source, _ in mix if (read := _read(source, "eval", encoders)) is not None]
+    if not evaluation and data.eval_fraction > 0:
+        what = "a stream has no end to hold out; set it to 0, or give the dataset evaluation data of its own"
+        raise ConfigError([Problem(("data", "eval_fraction"), what)])
+    streams = []
+    for source, weight in mix:
+        with calling(source, "stream"):
+            first = next(iter(source.stream()), None)
+        if first is None:
+            raise DataError(f"dataset: {source.name!r} gives no rows to train on")
+        streams.append(Stream(source, encoders.make(list(first[0]), source.name), weight))
+    encoded = [*(stream.encoder for stream in streams), *(read.encoder for read in evaluation)]
+    labelled = any(encoder.labels for encoder in encoded)
     digest = hashlib.sha256()
-    for blocks in splits:
-        for rows in blocks.with_format("arrow").iter(batch_size=1000) if blocks is not None else ():
-            for column in rows.column_names:
-                lists = rows.column(column).combine_chunks()
-                digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int32).tobytes())
-                digest.update(lists.flatten().to_numpy().astype(np.int64).tobytes())
+    for stream in streams:
+        samples, part = first_rows(stream, data.gate_rows, labelled=labelled)
+        found["train"].merge(gate.check(samples, "train", stream.source.name, data)[0])
+        rows["train"] += len(samples)
+        digest.update(part.encode())
+    judged = [_judged(read, labelled, found, rows) for read in evaluation]
+    for split, findings in found.items():
+        gate.tell(findings, split, data)
+    blocks = StreamedBlocks(streams, data, labelled=labelled, seed=seed)
+    held_out = _blocks(judged, data) if judged else None
+    return Encoded(blocks, held_out, digest.hexdigest(), encoders.template, found, rows)
+
+
+def _held_out(
+    chosen: tuple[datasets.Dataset, np.ndarray], data: DataConfig, source: DatasetSource
+) -> tuple[tuple[datasets.Dataset, np.ndarray], tuple[datasets.Dataset, np.ndarray]]:
+    samples, kept = chosen
+    count = max(1, round(len(kept) * data.eval_fraction))
+    if count >= len(kept):
+        raise DataError(
+            f"data.eval_fraction: {source.name!r} gives {len(kept)} sample{'s' if len(kept) > 1 else ''} of at most "
+            f"{data.sequence_length} tokens, too few to hold any out; set data.eval_fraction=0, a smaller "
+            "data.sequence_length, or add data"
+        )
+    return (samples, kept[:-count]), (samples, kept[-count:])
+
+
+def _apart(
+    ours: tuple[datasets.Dataset, np.ndarray],
+    theirs: tuple[datasets.Dataset, np.ndarray],
+    data: DataConfig,
+    found: dict[str, gate.Findings],
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """Return the training samples, and say which of them are also held out; without these where that is asked for."""
+    samples, kept = ours
+    both = gate.repeated(gate.column(samples, "digest")[kept], gate.column(theirs[0], "digest")[theirs[1]])
+    if not both.any():
+        return ours
+    if data.deduplicate and both.all():
+        raise DataError("data.deduplicate: every training sample is also held out, nothing is left; hold out other data")
+    found["train"].add("overlap", int(both.sum()), *gate.named(samples, kept[both]))
+    return samples, kept[~both] if data.deduplicate else kept
+
+
+def _weighted(rows: np.ndarray, weight: float) -> np.ndarray:
+    """Return *rows* as often as *weight* says: whole passes, and of the rest a share chosen evenly over all rows."""
+    whole, share = divmod(weight, 1)
+    count = max(round(share * len(rows)), 0 if whole else 1)
+    spread = np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)
+    return np.concatenate([rows] * int(whole) + [rows[spread]])
+
+
+def _blocks(parts: Sequence[tuple[datasets.Dataset, np.ndarray]], data: DataConfig) -> Blocks:
+    """Return the chosen samples of all *parts* in blocks, packed or one each."""
+    import datasets
+
+    from qlora_core.data.blocks import Blocks
+    from qlora_core.data.pack import pack
+
+    samples = parts[0][0] if len(parts) == 1 else datasets.concatenate_datasets([part for part, _ in parts])
+    starts = np.cumsum([0, *(len(part) for part, _ in parts[:-1])])
+    rows = np.concatenate([chosen + start for (_, chosen), start in zip(parts, starts, strict=True)])
+    if not data.packing:
+        return Blocks(samples, (np.arange(len(rows) + 1), rows), packed=False)
+    lengths = np.concatenate([gate.lengths(part)[chosen] for part, chosen in parts])
+    offsets, indices = pack(lengths, data.sequence_length)
+    return Blocks(samples, (offsets, rows[indices]), packed=True)
+
+
+def _fingerprint(splits: Iterable[Sequence[tuple[datasets.Dataset, np.ndarray]]]) -> str:
+    digest = hashlib.sha256()
+    for parts in splits:
+        for samples, rows in parts:
+            digest.update(gate.column(samples, "digest")[rows].tobytes())
         digest.update(b"|")
     return digest.hexdigest()

@@ -34,9 +34,11 @@ FINDINGS = {
     "cut": Kind("an end that is cut off by data.sequence_length", "raise data.sequence_length", error=False),
     "typed": Kind("a special token typed in raw text", "take it out unless it is meant", error=False),
     "merged": Kind("a token that spans the end of the prompt and the start of the answer", "trim the answer", error=False),
+    "duplicate": Kind("the tokens of an earlier one", "set data.deduplicate=true to leave them out", error=False),
+    "overlap": Kind("the tokens of a held-out one", "set data.deduplicate=true to leave them out", error=False),
     "unanswered": Kind("a last turn that nobody answers", "it is not supervised; leave it out", error=False),
 }
-"""Every kind of finding about a single row, by its code."""
+"""Every kind of finding, by its code."""
 
 
 class BadRow(Exception):

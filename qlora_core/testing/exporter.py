@@ -24,7 +24,7 @@ class ExporterConformance(Conformance):
     def test_it_writes_a_finished_run(self) -> None:
         """it writes at least one file, none of them a pickle, and leaves the run as it was"""
         exporter, saved = self.usable(), _finished_run()
-        exporter.check(saved.run.config, Parts(saved.quantizer, saved.adapter, None, exporters=(exporter,)))
+        exporter.check(saved.run.config, Parts(saved.quantizer, saved.adapter, (), exporters=(exporter,)))
         before = _digests(saved.run.folder)
         with tempfile.TemporaryDirectory() as folder:
             exporter.export(saved, Path(folder))

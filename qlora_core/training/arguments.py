@@ -61,6 +61,9 @@ FIXED = {
     "disable_tqdm": True,
 }
 
+# A stream goes on where its own state says, in the process that trains.
+STREAMING = {"ignore_data_skip": True, "accelerator_config": {"dispatch_batches": False}, "dataloader_num_workers": 0}
+
 # What would train but break a promise of the run directory.
 UNSUPPORTED = {
     "fsdp": "not supported: checkpoints of sharded parameters would not be complete; use torchrun without it",
@@ -71,16 +74,22 @@ UNSUPPORTED = {
 
 
 def training_arguments(
-    training: TrainingConfig, *, output: Path, evaluates: bool, wanted: Mapping[str, Any] | None = None
+    training: TrainingConfig,
+    *,
+    output: Path,
+    evaluates: bool,
+    streams: bool = False,
+    wanted: Mapping[str, Any] | None = None,
 ) -> transformers.TrainingArguments:
     """Return the Trainer's arguments for *training*; raise ConfigError for what that library would refuse.
 
-    *evaluates* says whether there is evaluation data; *wanted* are arguments that callbacks declare.
+    *evaluates* says whether there is evaluation data, *streams* whether the training data is a stream; *wanted* are
+    arguments that callbacks declare.
     """
     import_libraries()
     import transformers
 
-    _check_names(training, wanted or {})
+    _check_names(training, wanted or {}, streams)
     device = pick_device()
     precision = pick_precision(training.mixed_precision, device)
     arguments = {
@@ -111,6 +120,7 @@ def training_arguments(
         "logging_steps": training.logging_steps,
         "report_to": [],
         "ddp_find_unused_parameters": False,  # every trained parameter is used; looking for others costs a pass
+        **(STREAMING if streams else {}),
         **(wanted or {}),
         **training.extra,
     }
@@ -132,7 +142,7 @@ def _checkpointing(training: TrainingConfig) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _check_names(training: TrainingConfig, wanted: Mapping[str, Any]) -> None:
+def _check_names(training: TrainingConfig, wanted: Mapping[str, Any], streams: bool) -> None:
     import transformers
     from transformers.training_args import OptimizerNames
 
@@ -153,6 +163,9 @@ def _check_names(training: TrainingConfig, wanted: Mapping[str, Any]) -> None:
             problems.append(Problem(("training", "extra", name), f"is fixed to {FIXED[name]!r}; leave it out"))
         elif name in UNSUPPORTED:
             problems.append(Problem(("training", "extra", name), UNSUPPORTED[name]))
+        elif streams and name in STREAMING:
+            what = f"is fixed to {STREAMING[name]!r} with data.streaming; leave it out"
+            problems.append(Problem(("training", "extra", name), what))
         elif name not in fields:
             what = f"unknown option; no field of transformers.TrainingArguments{did_you_mean(name, fields)}"
             problems.append(Problem(("training", "extra", name), what))

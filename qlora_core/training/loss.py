@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from qlora_core.data.collate import IGNORED
+from qlora_core.data.collate import IGNORED, REAL_TOKENS
 
 __all__ = ["Score", "causal_lm_loss", "score"]
 
@@ -52,21 +52,22 @@ class Score:
 @torch.no_grad()
 def score(
     model: Callable[..., Any],
-    batches: Iterable[dict[str, torch.Tensor]],
+    batches: Iterable[dict[str, Any]],
     *,
     device: torch.device,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     after_batch: Callable[[], object] = lambda: None,
 ) -> Score:
-    """Return the score of *model* on *batches*; every supervised token counts the same, however batches are cut.
+    """Return the score of *model* on *batches* of Collator; every supervised token counts the same, however they are cut.
 
     *gather* collects a tensor of (B, 2) from all processes, without rows that only fill the last batch.
     """
     nats, tokens = 0.0, 0
     for batch in batches:
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         labels = inputs.pop("labels")
-        logits = model(**inputs, use_cache=False).logits
+        inputs.pop(REAL_TOKENS, None)
+        logits = model(**{**inputs, "use_cache": False}).logits
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         rows = torch.stack([losses.view_as(targets).double().sum(1), (targets != IGNORED).double().sum(1)], dim=1)

@@ -14,12 +14,14 @@ from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora_core.data.collate import Collator
+from qlora_core.attention import prepare_packed
+from qlora_core.data.collate import REAL_TOKENS, Collator
 from qlora_core.data.encode import Encoded
 from qlora_core.device import peak_memory_bytes
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
 from qlora_core.training.loss import causal_lm_loss, score
+from qlora_core.training.order import EpochOrder, FollowEpochs
 
 __all__ = ["KeepBest", "LogLastStep", "QLoRATrainer"]
 
@@ -43,7 +45,10 @@ class KeepBest(transformers.TrainerCallback):
 
 
 class QLoRATrainer(transformers.Trainer):
-    """Trains the adapter of a quantised model and writes `metrics.jsonl` and `checkpoints/` of *run*."""
+    """Trains the adapter of a quantised model and writes `metrics.jsonl` and `checkpoints/` of *run*.
+
+    The data are the Blocks of *encoded*; where they are packed, the model is made ready for it, or refused with ModelError.
+    """
 
     def __init__(
         self,
@@ -55,11 +60,20 @@ class QLoRATrainer(transformers.Trainer):
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self.run = run
+        blocks = [blocks for blocks in (encoded.train, encoded.eval) if blocks is not None]
+        packed = any(split.packed for split in blocks)
+        if packed:
+            dtype = torch.float16 if args.fp16 else torch.bfloat16
+            with torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
+                prepare_packed(model)
+        self._order = _order(encoded.train, args)
         with _not_called_quantized(model):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=Collator(tokenizer.pad_token_id or 0),
+                data_collator=Collator(
+                    tokenizer.pad_token_id or 0, run.config.data.pad_to_multiple_of, packed=packed, count=True
+                ),
                 train_dataset=encoded.train,
                 eval_dataset=encoded.eval,
                 processing_class=tokenizer,
@@ -67,9 +81,22 @@ class QLoRATrainer(transformers.Trainer):
                 callbacks=[*callbacks, LogLastStep()],
             )
         self.remove_callback(PrinterCallback)
+        if self._order is not None:
+            self.add_callback(FollowEpochs(self._order))
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
         self._paused = 0.0
+
+    # What is trained on
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return our order, unless `training.extra` asks for one of the library's."""
+        return super()._get_train_sampler(train_dataset) if self._order is None else self._order
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the library's loss, for inputs that hold only what a model takes; a cache would be of no use."""
+        taken = {name: value for name, value in inputs.items() if name != REAL_TOKENS}
+        return super().compute_loss(model, {**taken, "use_cache": False}, *args, **kwargs)
 
     # What is measured
 
@@ -88,8 +115,7 @@ class QLoRATrainer(transformers.Trainer):
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count tokens that are not padding; the library's way takes EOS for padding where they share an id."""
-        mask = inputs.get("attention_mask")
-        count = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        count = int(inputs[REAL_TOKENS].sum())
         if self.args.world_size > 1:
             count = int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum())
         self.state.num_input_tokens_seen += count
@@ -176,6 +202,13 @@ class QLoRATrainer(transformers.Trainer):
             checkpoint.restore_rng(state["generators"][self.args.process_index])
         self._tr_loss += state["loss_since_log"].to(self._tr_loss.device)
         self._globalstep_last_logged = state["step_of_last_log"]
+
+
+def _order(blocks: Any, args: transformers.TrainingArguments) -> EpochOrder | None:
+    if not hasattr(blocks, "__len__") or args.train_sampling_strategy != "random":
+        return None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return EpochOrder(blocks, args.train_batch_size * args.world_size, seed)
 
 
 @contextlib.contextmanager

@@ -389,6 +389,17 @@ ADAPTER = [
 ROWS = 'datasets.Dataset.from_dict({"text": texts})'
 NO_SPLIT = '        if split == "eval":\n            return None\n'
 SCHEMA = "the_training_split_has_rows_of_a_known_schema"
+STREAM = "a_stream_gives_the_same_rows_and_goes_on_from_any_position"
+STREAMED = (
+    "@hookimpl",
+    """    def stream(self, position=None):
+        rows = self.examples("train")
+        for index in range(position or 0, len(rows)):
+            yield rows[index], index + 1
+
+
+@hookimpl""",
+)
 DATASET = [
     defect("dataset", "no Dataset", SCHEMA, "train: a list is no datasets.Dataset", (ROWS, "texts")),
     defect("dataset", "no training split", SCHEMA, "train: a NoneType is no datasets.Dataset", (ROWS, "None")),
@@ -443,8 +454,38 @@ DATASET = [
         "dataset",
         "rows that give no tokens",
         "the_rows_become_blocks",
-        "gives no tokens; the data is empty",
+        "gives no tokens in the train data; it is empty",
         ('{"text": texts}', '{"text": []}'),
+    ),
+    defect(
+        "dataset",
+        "completions that are numbers",
+        SCHEMA,
+        "train, row 0: completion is 0",
+        ('{"text": texts}', '{"prompt": texts, "completion": list(range(len(texts)))}'),
+    ),
+    defect(
+        "dataset",
+        "chats of an unknown role",
+        "the_rows_become_blocks",
+        "1 row with a role that is not known: row 1: turn 1: role 'human'",
+        ('{"text": texts}', '{"messages": [[{"role": "human", "content": "x"}]]}'),
+    ),
+    defect(
+        "dataset",
+        "a stream without its first row",
+        STREAM,
+        "the rows of the stream are not those of the training split",
+        STREAMED,
+        ("range(position or 0,", "range(position or 1,"),
+    ),
+    defect(
+        "dataset",
+        "a stream that forgets its position",
+        STREAM,
+        "from the position after row 1 on, the stream gives other rows",
+        STREAMED,
+        ("range(position or 0,", "range(0,"),
     ),
     defect("dataset", "no rows to train on", "the_rows_become_blocks", "the training split is None", (ROWS, "None")),
 ]

@@ -57,7 +57,7 @@ def test_short_forms_equal_long_forms() -> None:
 def test_only_the_model_and_the_data_are_required() -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.parse({})
-    assert str(caught.value) == "model: required; the base model\ndataset: required; where examples come from"
+    assert str(caught.value) == "model: required; the base model\ndataset: required; where examples come from; a list mixes several, each with a weight (1 by default)"
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -307,7 +307,7 @@ def test_a_resolved_configuration_names_plugins_and_fills_in_every_default(regis
     assert (resolved.adapter.name, resolved.dataset.name) == ("peft:lora", "text:text")
     assert [callback.name for callback in resolved.callbacks] == ["console:progress"]
     assert resolved.dataset.provider_options["path"] == os.path.abspath("corpus.txt")
-    assert (parts.quantizer.name, parts.adapter.name, parts.dataset.name) == ("nf4", "lora", "text")
+    assert (parts.quantizer.name, parts.adapter.name, parts.datasets[0].source.name) == ("nf4", "lora", "text")
     assert [kernels.name for kernels in parts.kernels] == ["reference"]
 
 

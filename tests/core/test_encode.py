@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import transformers
 
@@ -55,113 +56,99 @@ def data(**changes: Any) -> DataConfig:
     return DataConfig(**{"sequence_length": LENGTH, "eval_fraction": 0.0, **changes})
 
 
-def ids(blocks: datasets.Dataset | None) -> list[list[int]]:
+def ids(blocks: Any) -> list[list[int]]:
     assert blocks is not None
-    return [list(row) for row in blocks["input_ids"]]
+    return [block["input_ids"].tolist() for block in blocks]
 
 
-def stream(tokenizer: Any, documents: list[str], begin: list[int] | None = None) -> list[int]:
-    """Return the tokens of *documents* as the library gives them for each at once, an EOS token after each."""
-    tokens: list[int] = []
-    for document in documents:
-        tokens += [*(begin or []), *tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return tokens
+def samples(blocks: Any) -> list[list[int]]:
+    """Return the samples in *blocks*, sorted."""
+    found = []
+    for block in blocks:
+        ends = np.cumsum(block["lengths"])
+        found += [part.tolist() for part in np.split(block["input_ids"], ends[:-1])]
+    return sorted(found)
 
 
-def cut(tokens: list[int], length: int = LENGTH) -> list[list[int]]:
-    return [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+def stream(tokenizer: Any, documents: list[str], begin: list[int] | None = None) -> list[list[int]]:
+    """Return the tokens of each of *documents* as the library gives them at once, an EOS token after each."""
+    return [
+        [*(begin or []), *tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for document in documents
+    ]
 
 
-# Packing
+def cut(documents: list[list[int]], length: int = LENGTH) -> list[list[int]]:
+    """Return the pieces that documents are split into."""
+    pieces = [tokens[start : start + length] for tokens in documents for start in range(0, len(tokens), length)]
+    return [piece for piece in pieces if len(piece) > 1]
 
 
-def test_packed_blocks_are_the_token_stream_cut_at_exactly_the_sequence_length(tokenizer: Any, text: str) -> None:
+# Text
+
+
+def test_a_document_is_split_into_pieces_and_nothing_of_it_is_lost(tokenizer: Any, text: str) -> None:
     documents = [text[:900], "short", text[2000:3500]]
-    blocks = ids(encode_split(Rows.of({"text": documents}), "train", tokenizer, data()))
-    assert blocks == cut(stream(tokenizer, documents))
-    assert {len(block) for block in blocks} == {LENGTH}
+    blocks = encode_split(Rows.of({"text": documents}), "train", tokenizer, data())
+    assert samples(blocks) == sorted(cut(stream(tokenizer, documents)))
+    assert max(len(block) for block in ids(blocks)) <= LENGTH
+    assert any(len(block["lengths"]) > 1 for block in blocks)
 
 
-def test_a_file_gives_the_stream_that_tokenising_it_at_once_gives(tokenizer: Any, text: str, tmp_path: Path) -> None:
+def test_a_file_gives_the_tokens_that_tokenising_it_at_once_gives(tokenizer: Any, text: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text[:30_000], encoding="utf-8")
     (tmp_path / "b.txt").write_text("Grüße 🦙 an alle.\r\n", encoding="utf-8", newline="")
-    blocks = ids(encode_split(TextFile(path=str(tmp_path)), "train", tokenizer, data()))
-    assert blocks == cut(stream(tokenizer, [text[:30_000], "Grüße 🦙 an alle.\n"]))
+    blocks = encode_split(TextFile(path=str(tmp_path)), "train", tokenizer, data())
+    assert samples(blocks) == sorted(cut(stream(tokenizer, [text[:30_000], "Grüße 🦙 an alle.\n"])))
 
 
 def test_separated_documents_end_with_the_end_token_each(tokenizer: Any, tmp_path: Path) -> None:
     documents = ["The first document of three.", "A second one, somewhat longer than that.", "And the last."]
     (tmp_path / "a.txt").write_text("\n---\n".join(documents), encoding="utf-8")
     source = TextFile(path=str(tmp_path / "a.txt"), separator="\n---\n")
-    blocks = encode_split(source, "train", tokenizer, data(), keep_rest=True)
-    flat = [token for block in ids(blocks) for token in block]
-    assert flat == stream(tokenizer, documents)
-    assert flat.count(tokenizer.eos_token_id) == 3
+    blocks = encode_split(source, "train", tokenizer, data(sequence_length=64))
+    assert samples(blocks) == sorted(stream(tokenizer, documents))
 
 
 def test_rows_that_continue_a_document_have_no_end_token_between_them(tokenizer: Any) -> None:
     rows = {"text": ["one two three ", "four five six ", "seven"], "continues": [False, True, False]}
-    blocks = encode_split(Rows.of(rows), "train", tokenizer, data(), keep_rest=True)
-    flat = [token for block in ids(blocks) for token in block]
+    blocks = encode_split(Rows.of(rows), "train", tokenizer, data(sequence_length=64))
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in rows["text"]]
     eos = tokenizer.eos_token_id
-    assert flat == [*parts[0], *parts[1], eos, *parts[2], eos]
+    assert samples(blocks) == sorted([[*parts[0], *parts[1], eos], [*parts[2], eos]])
 
 
 def test_many_rows_keep_their_order_across_the_tokenizers_batches(tokenizer: Any) -> None:
     documents = [f"document number {index}" for index in range(150)]
-    blocks = ids(encode_split(Rows.of({"text": documents}), "train", tokenizer, data()))
-    assert blocks == cut(stream(tokenizer, documents))
+    blocks = encode_split(Rows.of({"text": documents}), "train", tokenizer, data(packing=False))
+    assert ids(blocks) == cut(stream(tokenizer, documents))
 
 
 def test_each_document_begins_as_the_tokenizer_begins_a_text(beginning: Any, text: str) -> None:
     documents = [text[:200], text[300:610]]
-    blocks = encode_split(Rows.of({"text": documents}), "train", beginning, data(), keep_rest=True)
-    flat = [token for block in ids(blocks) for token in block]
-    assert flat == stream(beginning, documents, begin=[beginning.pad_token_id])
-    assert flat[0] == beginning.pad_token_id
+    blocks = encode_split(Rows.of({"text": documents}), "train", beginning, data(sequence_length=512))
+    assert samples(blocks) == sorted(stream(beginning, documents, begin=[beginning.pad_token_id]))
 
 
-def test_a_tokenizer_without_an_end_token_joins_documents_with_nothing(tiny_model: Path) -> None:
+def test_a_tokenizer_without_an_end_token_puts_none(tiny_model: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.eos_token = None
-    blocks = encode_split(Rows.of({"text": ["one two ", "three four"]}), "train", tokenizer, data(), keep_rest=True)
-    expected = [token for part in ("one two ", "three four") for token in tokenizer(part)["input_ids"]]
-    assert [token for block in ids(blocks) for token in block] == expected
-
-
-def test_a_shorter_rest_is_dropped_for_training_and_kept_for_evaluation(tokenizer: Any, text: str) -> None:
-    tokens = stream(tokenizer, [text[:300]])
-    full = len(tokens) // LENGTH
-    assert len(tokens) - full * LENGTH > 1
-    rows = Rows.of({"text": [text[:300]]})
-    assert ids(encode_split(rows, "train", tokenizer, data())) == cut(tokens)
-    assert ids(encode_split(rows, "train", tokenizer, data(), keep_rest=True)) == [*cut(tokens), tokens[full * LENGTH :]]
+    blocks = encode_split(Rows.of({"text": ["one two ", "three four"]}), "train", tokenizer, data(sequence_length=64))
+    assert samples(blocks) == sorted(tokenizer(part)["input_ids"] for part in ("one two ", "three four"))
 
 
 def test_a_rest_of_one_token_predicts_nothing_and_is_dropped(tokenizer: Any) -> None:
-    word = next(w for n in range(1, 60) if len(stream(tokenizer, [w := "x" * n])) == LENGTH + 1)
-    blocks = encode_split(Rows.of({"text": [word]}), "train", tokenizer, data(), keep_rest=True)
-    assert ids(blocks) == [stream(tokenizer, [word])[:LENGTH]]
+    word = next(w for n in range(1, 60) if len(stream(tokenizer, [w := "x" * n])[0]) == LENGTH + 1)
+    blocks = encode_split(Rows.of({"text": [word]}), "train", tokenizer, data())
+    assert ids(blocks) == [stream(tokenizer, [word])[0][:LENGTH]]
 
 
-# Without packing
-
-
-def test_without_packing_no_block_spans_two_documents_and_rests_stay(tokenizer: Any, text: str) -> None:
+def test_without_packing_each_piece_is_a_block(tokenizer: Any, text: str) -> None:
     documents = [text[:200], "short", text[500:560]]
-    blocks = ids(encode_split(Rows.of({"text": documents}), "train", tokenizer, data(packing=False)))
-    expected = []
-    for document in documents:
-        tokens = stream(tokenizer, [document])
-        expected += [tokens[start : start + LENGTH] for start in range(0, len(tokens), LENGTH)]
-    assert blocks == [block for block in expected if len(block) > 1]
-    assert any(len(block) < LENGTH for block in blocks)
-
-
-def test_without_packing_each_document_begins_as_the_tokenizer_begins_a_text(beginning: Any) -> None:
-    blocks = ids(encode_split(Rows.of({"text": ["one", "two"]}), "train", beginning, data(packing=False)))
-    assert blocks == [stream(beginning, [word], begin=[beginning.pad_token_id]) for word in ("one", "two")]
+    blocks = encode_split(Rows.of({"text": documents}), "train", tokenizer, data(packing=False))
+    assert ids(blocks) == cut(stream(tokenizer, documents))
+    assert not blocks.packed
+    assert {len(block["lengths"]) for block in blocks} == {1}
 
 
 # Holding out
@@ -169,16 +156,16 @@ def test_without_packing_each_document_begins_as_the_tokenizer_begins_a_text(beg
 
 def test_the_held_out_share_comes_from_the_end(tokenizer: Any, text: str) -> None:
     source = Rows.of({"text": [text[:3000]]})
-    every = ids(encode_split(source, "train", tokenizer, data()))
+    every = cut(stream(tokenizer, [text[:3000]]))
     encoded = encode(source, tokenizer, data(eval_fraction=0.25))
     held_out = round(len(every) * 0.25)
-    assert ids(encoded.eval) == every[-held_out:]
-    assert ids(encoded.train) == every[:-held_out]
-    assert encoded.train_tokens == LENGTH * (len(every) - held_out)
-    assert encoded.eval_tokens == LENGTH * held_out
+    assert samples(encoded.eval) == sorted(every[-held_out:])
+    assert samples(encoded.train) == sorted(every[:-held_out])
+    assert encoded.train_tokens == sum(map(len, every[:-held_out]))
+    assert encoded.eval_tokens == sum(map(len, every[-held_out:]))
 
 
-def test_at_least_one_block_is_held_out(tokenizer: Any, text: str) -> None:
+def test_at_least_one_sample_is_held_out(tokenizer: Any, text: str) -> None:
     encoded = encode(Rows.of({"text": [text[:400]]}), tokenizer, data(eval_fraction=0.001))
     assert len(ids(encoded.eval)) == 1
 
@@ -187,94 +174,117 @@ def test_nothing_is_held_out_where_nobody_asks_for_it(tokenizer: Any, text: str)
     encoded = encode(Rows.of({"text": [text[:400]]}), tokenizer, data(eval_fraction=0.0))
     assert encoded.eval is None
     assert encoded.eval_tokens == 0
-    assert ids(encoded.train) == cut(stream(tokenizer, [text[:400]]))
+    assert samples(encoded.train) == sorted(cut(stream(tokenizer, [text[:400]])))
 
 
 def test_a_separate_evaluation_split_is_used_whole_and_nothing_is_held_out(tokenizer: Any, text: str) -> None:
     source = Rows.of({"text": [text[:400]]}, {"text": [text[600:700]]})
     encoded = encode(source, tokenizer, data(eval_fraction=0.5))
-    assert ids(encoded.train) == cut(stream(tokenizer, [text[:400]]))
-    assert [token for block in ids(encoded.eval) for token in block] == stream(tokenizer, [text[600:700]])
+    assert samples(encoded.train) == sorted(cut(stream(tokenizer, [text[:400]])))
+    assert samples(encoded.eval) == sorted(cut(stream(tokenizer, [text[600:700]])))
 
 
 def test_a_separate_evaluation_file_may_be_shorter_than_a_block(tokenizer: Any, text: str, tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text(text[:400], encoding="utf-8")
     (tmp_path / "eval.txt").write_text("few words", encoding="utf-8")
     source = TextFile(path=str(tmp_path / "train.txt"), eval_path=str(tmp_path / "eval.txt"))
-    assert ids(encode(source, tokenizer, data()).eval) == [stream(tokenizer, ["few words"])]
+    assert ids(encode(source, tokenizer, data()).eval) == stream(tokenizer, ["few words"])
 
 
-def test_too_few_blocks_to_hold_any_out_name_three_remedies(tokenizer: Any) -> None:
+def test_too_few_samples_to_hold_any_out_name_three_remedies(tokenizer: Any) -> None:
     words = "one two three four five six seven eight"
-    length = len(stream(tokenizer, [words]))
     with pytest.raises(DataError) as caught:
-        encode(Rows.of({"text": [words]}), tokenizer, data(sequence_length=length, eval_fraction=0.1))
+        encode(Rows.of({"text": [words]}), tokenizer, data(sequence_length=64, eval_fraction=0.1))
     assert str(caught.value) == (
-        f"data.eval_fraction: the data gives 1 block of {length} tokens, too few to hold any out; "
+        "data.eval_fraction: 'rows' gives 1 sample of at most 64 tokens, too few to hold any out; "
         "set data.eval_fraction=0, a smaller data.sequence_length, or add data"
     )
+
+
+# Several sources
+
+
+def test_a_mix_sees_each_source_as_often_as_its_weight_says(tokenizer: Any) -> None:
+    sources = [[f"first {n}" for n in range(4)], [f"second {n}" for n in range(6)], [f"third {n}" for n in range(3)]]
+    made = [cut(stream(tokenizer, documents)) for documents in sources]
+    mix = [(Rows.of({"text": documents}), weight) for documents, weight in zip(sources, (2.0, 0.5, 1.5), strict=True)]
+    found = samples(encode(mix, tokenizer, data()).train)
+    counts = [[found.count(sample) for sample in of_source] for of_source in made]
+    assert counts[0] == [2, 2, 2, 2]
+    assert sorted(counts[1]) == [0, 0, 0, 1, 1, 1]
+    assert sorted(counts[2]) == [1, 2, 2] or sorted(counts[2]) == [1, 1, 2]
+    assert encode(mix, tokenizer, data()).fingerprint == encode(mix, tokenizer, data()).fingerprint
+
+
+def test_a_mix_holds_out_the_end_of_each_source_whatever_its_weight(tokenizer: Any) -> None:
+    sources = [[f"first {n}" for n in range(10)], [f"second {n}" for n in range(10)]]
+    mix = [(Rows.of({"text": documents}), weight) for documents, weight in zip(sources, (3.0, 0.1), strict=True)]
+    encoded = encode(mix, tokenizer, data(eval_fraction=0.2))
+    expected = [piece for documents in sources for piece in cut(stream(tokenizer, documents[-2:]))]
+    assert samples(encoded.eval) == sorted(expected)
+
+
+def test_a_mix_of_text_and_labelled_tokens_has_labels_everywhere(tokenizer: Any) -> None:
+    mix = [(Rows.of({"text": ["some words"]}), 1.0), (Rows.of({"input_ids": [[5, 6, 7]], "labels": [[-100, -100, 7]]}), 1.0)]
+    blocks = encode(mix, tokenizer, data(packing=False)).train
+    rows = [(block["input_ids"].tolist(), block["labels"].tolist()) for block in blocks]
+    words = stream(tokenizer, ["some words"])[0]
+    assert rows == [(words, words), ([5, 6, 7], [-100, -100, 7])]
 
 
 # Tokens made by the source
 
 
 def test_rows_of_tokens_are_taken_as_they_are(tokenizer: Any) -> None:
-    rows = {"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, 6, 7], [8, -100]], "note": ["a", "b"]}
+    rows = {"input_ids": [[5, 6, 7], [8, 9]], "labels": [[-100, 6, 7], [-100, 9]], "note": ["a", "b"]}
     encoded = encode(Rows.of(rows), tokenizer, data())
-    assert encoded.train.column_names == ["input_ids", "labels"]
-    assert ids(encoded.train) == rows["input_ids"]
-    assert [list(row) for row in encoded.train["labels"]] == rows["labels"]
+    assert samples(encoded.train) == rows["input_ids"]
+    assert [block["labels"].tolist() for block in encode(Rows.of(rows), tokenizer, data(packing=False)).train] == rows["labels"]
 
 
 def test_rows_of_tokens_may_have_one_fixed_length(tokenizer: Any) -> None:
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=3)})
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 6]]}, features=features)
-    assert ids(encode(Rows.of(rows), tokenizer, data()).train) == [[1, 2, 3], [4, 5, 6]]
+    assert samples(encode(Rows.of(rows), tokenizer, data()).train) == [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ({"input_ids": [[1, 2], [1] * 17]}, "1 row with more tokens than data.sequence_length: row 2: 17 tokens."),
+        ({"input_ids": [[1, 2]], "labels": [[1]]}, "1 row with token ids that don't fit: row 1: 2 input_ids and 1 labels."),
+        ({"input_ids": [[1, 2], []]}, "1 row with token ids that don't fit: row 2: no tokens."),
+        ({"input_ids": [[1, 10**6]]}, "1 row with token ids that don't fit: row 1: id 1000000, and the tokenizer has"),
+        ({"input_ids": [[1, 2]], "labels": [[1, -7]]}, "row 1: label -7, neither a token nor -100"),
         (
-            {"input_ids": [[1], [1] * 17]},
-            "dataset: row 1 has 17 tokens, more than data.sequence_length 16; raise it, or cut the rows",
+            {"input_ids": [[1, 2]], "labels": [[1, -100]]},
+            "1 row with no supervised token: row 1: 2 tokens, all of them masked.",
         ),
-        ({"input_ids": [[1, 2]], "labels": [[1]]}, "dataset: row 0 has 2 input_ids and 1 labels"),
+        ({"text": []}, "dataset: 'rows' gives no tokens in the train data; it is empty"),
+        ({"input_ids": []}, "dataset: 'rows' gives no tokens in the train data; it is empty"),
         (
             {"prompt": ["x"], "answer": ["y"]},
-            "dataset: 'rows' gives rows with the columns prompt, answer; rows must have text, or input_ids",
+            "dataset: 'rows' gives rows with the columns prompt, answer; rows must have text, or prompt and completion,",
         ),
-        ({"text": []}, "dataset: 'rows' gives no tokens; the data is empty"),
-        ({"input_ids": []}, "dataset: 'rows' gives no tokens; the data is empty"),
     ],
 )
 def test_rows_that_can_not_be_used_say_why(tokenizer: Any, rows: dict[str, list[Any]], message: str) -> None:
     with pytest.raises(DataError) as caught:
         encode(Rows.of(rows), tokenizer, data())
-    assert str(caught.value).startswith(message)
+    assert message in str(caught.value)
 
 
-def test_a_row_without_tokens_is_refused_by_its_number(tokenizer: Any) -> None:
+def test_a_text_that_is_no_text_is_refused_by_its_row(tokenizer: Any) -> None:
     with pytest.raises(DataError) as caught:
-        encode(Rows.of({"input_ids": [[1, 2], []]}), tokenizer, data())
-    assert str(caught.value).startswith("dataset: row 1 has no tokens")
-
-
-def test_a_text_shorter_than_a_block_says_how_many_tokens_it_has(tokenizer: Any) -> None:
-    tokens = len(stream(tokenizer, ["few"]))
-    with pytest.raises(DataError) as caught:
-        encode(Rows.of({"text": ["few"]}), tokenizer, data())
-    assert str(caught.value) == (
-        f"dataset: 'rows' gives {tokens} tokens, fewer than one block of 16; "
-        f"add text, or set data.sequence_length to at most {tokens}"
-    )
+        encode(Rows.of({"text": ["some text", None]}), tokenizer, data())
+    assert str(caught.value) == "row 2: text must be text (got None)"
 
 
 def test_an_empty_file_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DataError) as caught:
         encode(TextFile(path=str(tmp_path / "empty.txt")), tokenizer, data())
-    assert str(caught.value) == "dataset: 'text' gives no tokens; the data is empty"
+    assert str(caught.value) == "dataset: 'text' gives no tokens in the train data; it is empty"
 
 
 def test_a_source_without_a_training_split_is_refused(tokenizer: Any) -> None:
@@ -296,8 +306,7 @@ def test_the_fingerprint_is_that_of_the_tokens_wherever_they_come_from(tokenizer
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(text[:500], encoding="utf-8")
     marks = {encode(TextFile(path=str(tmp_path / name)), tokenizer, data()).fingerprint for name in ("a.txt", "b.txt")}
-    blocks = cut(stream(tokenizer, [text[:500]]))
-    marks.add(fingerprint(tokenizer, {"input_ids": blocks}))
+    marks.add(fingerprint(tokenizer, {"input_ids": cut(stream(tokenizer, [text[:500]]))}))
     assert len(marks) == 1
     assert len(marks.pop()) == 64
 
@@ -309,12 +318,10 @@ def test_the_fingerprint_changes_with_every_token_label_and_boundary(tokenizer: 
         fingerprint(tokenizer, {"input_ids": [[1, 2, 3], [4, 6]]}),
         fingerprint(tokenizer, {"input_ids": [[1, 2], [3, 4, 5]]}),
         fingerprint(tokenizer, {"input_ids": [[4, 5], [1, 2, 3]]}),
-        fingerprint(tokenizer, {**tokens, "labels": [[1, 2, 3], [4, 5]]}),
         fingerprint(tokenizer, {**tokens, "labels": [[1, 2, 3], [-100, 5]]}),
-        fingerprint(tokenizer, tokens, {"input_ids": [[1]]}),
+        fingerprint(tokenizer, tokens, {"input_ids": [[1, 7]]}),
         fingerprint(tokenizer, {"text": [text[:500]]}),
         fingerprint(tokenizer, {"text": [text[:500]]}, sequence_length=8),
-        fingerprint(tokenizer, {"text": [text[:500]]}, packing=False),
         fingerprint(tokenizer, {"text": [text[1:501]]}),
         fingerprint(beginning, {"text": [text[:500]]}),
     ]
@@ -325,15 +332,15 @@ def test_the_same_file_with_another_text_gives_the_other_texts_blocks(tokenizer:
     path = tmp_path / "corpus.txt"
     for start in (0, 700, 0):
         path.write_text(text[start : start + 600], encoding="utf-8")
-        blocks = ids(encode_split(TextFile(path=str(path)), "train", tokenizer, data()))
-        assert blocks == cut(stream(tokenizer, [text[start : start + 600]]))
+        blocks = samples(encode_split(TextFile(path=str(path)), "train", tokenizer, data()))
+        assert blocks == sorted(cut(stream(tokenizer, [text[start : start + 600]])))
 
 
 def test_blocks_made_once_are_found_again_only_for_the_same_tokenizer(tokenizer: Any, beginning: Any, text: str) -> None:
     source = Rows.of({"text": [text[:600]]})
-    assert ids(encode_split(source, "train", tokenizer, data())) == cut(stream(tokenizer, [text[:600]]))
+    assert samples(encode_split(source, "train", tokenizer, data())) == sorted(cut(stream(tokenizer, [text[:600]])))
     expected = cut(stream(beginning, [text[:600]], begin=[beginning.pad_token_id]))
-    assert ids(encode_split(source, "train", beginning, data())) == expected
+    assert samples(encode_split(source, "train", beginning, data())) == sorted(expected)
 
 
 def test_a_text_of_the_shared_data_gives_the_stream_of_the_library(tokenizer: Any) -> None:
@@ -342,6 +349,6 @@ def test_a_text_of_the_shared_data_gives_the_stream_of_the_library(tokenizer: An
         pytest.skip("the text is not there")
     encoded = encode(TextFile(path=str(path)), tokenizer, data(sequence_length=256, eval_fraction=0.1))
     assert isinstance(encoded, Encoded)
-    flat = [token for block in ids(encoded.train)[:100] for token in block]
+    flat = [token for block in ids(encoded.train.select(range(100))) for token in block]
     beginning_of_text = path.read_text(encoding="utf-8")[:60_000]
     assert flat[:20_000] == tokenizer(beginning_of_text)["input_ids"][:20_000]

@@ -14,7 +14,7 @@ from qlora_bitsandbytes import NF4
 from qlora_console import Progress
 from qlora_core import provenance as module
 from qlora_core.config import ModelConfig
-from qlora_core.parts import Parts
+from qlora_core.parts import Parts, Weighted
 from qlora_core.provenance import describe_provider, fingerprint_model, package_versions, plugin_of, provenance
 from qlora_core.registry import Registry
 from qlora_peft import LoRA
@@ -110,7 +110,7 @@ def test_a_model_on_the_hub_has_no_fingerprint_of_files() -> None:
 
 def test_the_record_names_providers_packages_model_data_and_machine(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    parts = Parts(NF4(), LoRA(), TextFile(path="x.txt"), (Reference(),), (Progress(),))
+    parts = Parts(NF4(), LoRA(), (Weighted(TextFile(path="x.txt")),), (Reference(),), (Progress(),))
     model = ModelConfig(path=str(folder), revision="v1")
     record = provenance(parts, model, kernels=parts.kernels[0], data_fingerprint="abc", commit=None)
     assert json.loads(json.dumps(record)) == record
@@ -133,7 +133,7 @@ def test_the_record_names_providers_packages_model_data_and_machine(tmp_path: Pa
 
 
 def test_the_commit_that_was_loaded_is_recorded_rather_than_the_branch_that_was_asked_for() -> None:
-    parts = Parts(NF4(), LoRA(), TextFile(path="x.txt"))
+    parts = Parts(NF4(), LoRA(), (Weighted(TextFile(path="x.txt")),))
     model = ModelConfig(path="owner/name", revision="main")
     record = provenance(parts, model, kernels=None, data_fingerprint="abc", commit="0123abc")
     assert record["model"]["revision"] == "0123abc"

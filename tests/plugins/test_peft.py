@@ -111,7 +111,7 @@ def run_config() -> RunConfig:
 
 def refusal(adapter: AnyPEFT, quantizer: Quantizer) -> tuple[tuple[str | int, ...], str] | None:
     try:
-        adapter.check(run_config(), Parts(quantizer, adapter, None))
+        adapter.check(run_config(), Parts(quantizer, adapter, ()))
     except ConfigError as error:
         (problem,) = error.problems
         return problem.where, problem.what

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
+import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from qlora_core import ConfigError, DataError
@@ -64,9 +68,9 @@ def test_pieces_join_to_the_same_documents_whatever_their_size(separator: str | 
     text = "alpha beta\ngamma<end>delta\n\nepsilon zeta eta theta\niota\n\n\nkappa<end>"
     expected = [part for part in (text.split(separator) if separator else [text]) if part]
     joined: list[str] = []
-    for chunk, continues in split_documents(io.StringIO(text), separator, piece):
+    for chunk, here, _ in split_documents(io.StringIO(text), separator, piece):
         assert chunk
-        joined = [*joined[:-1], joined[-1] + chunk] if continues else [*joined, chunk]
+        joined = [*joined[:-1], joined[-1] + chunk] if here.continues else [*joined, chunk]
     assert joined == expected
 
 
@@ -131,3 +135,49 @@ def test_an_empty_list_and_an_unknown_encoding_are_refused() -> None:
         TextFile(path=[])
     with pytest.raises(ConfigError, match=r"encoding: unknown encoding 'utf8000'; utf-8 and latin-1 are usual"):
         TextFile(path="x", encoding="utf8000")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_are_read_like_plain_ones(tmp_path: Path, suffix: str) -> None:
+    content = "".join(f"line {n}\n" for n in range(30_000))
+    file = tmp_path / f"lines.txt{suffix}"
+    if suffix == ".gz":
+        file.write_bytes(gzip.compress(content.encode()))
+    else:
+        with pa.CompressedOutputStream(pa.OSFile(str(file), "wb"), "zstd") as stream:
+            stream.write(content.encode())
+    assert documents(TextFile(path=str(tmp_path))) == [content]
+
+
+def test_rows_say_the_line_at_which_they_begin(tmp_path: Path) -> None:
+    file = tmp_path / "poems.txt"
+    file.write_text("one\n\ntwo\nlines\n\nthree", encoding="utf-8")
+    rows = TextFile(path=str(file), separator="\n\n").examples("train")
+    assert rows is not None
+    assert rows["origin"][:] == [f"{file}:1", f"{file}:3", f"{file}:6"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("separator", [None, "\n\n"])
+def test_a_stream_goes_on_from_every_position(tmp_path: Path, encoding: str, separator: str | None) -> None:
+    line = "a caf\xe9 with some forty characters, I believe\r\n"
+    (tmp_path / "a.txt").write_bytes((line * 9_000 + "\r\n" + line * 9_000).encode(encoding))
+    (tmp_path / "b.txt").write_bytes("the end".encode(encoding))
+    source = TextFile(path=str(tmp_path), encoding=encoding, separator=separator)
+    rows = source.examples("train")
+    assert rows is not None
+    streamed = list(source.stream())
+    assert [row for row, _ in streamed] == rows.to_list()
+    assert len(streamed) > 10
+    for index, (_, position) in enumerate(streamed):
+        assert list(source.stream(json.loads(json.dumps(position)))) == streamed[index + 1 :]
+
+
+def test_one_line_of_fifty_megabytes_comes_quickly_in_pieces(tmp_path: Path) -> None:
+    file = tmp_path / "line.txt"
+    file.write_bytes(b"word " * 10_000_000)
+    started = time.perf_counter()
+    lengths = [len(row["text"]) for row, _ in TextFile(path=str(file)).stream()]
+    assert sum(lengths) == 50_000_000
+    assert max(lengths) <= 2**16
+    assert time.perf_counter() - started < 20

@@ -1,0 +1,180 @@
+"""Find, open and digest the files that a dataset source reads. Light: imports no datasets, and pyarrow only for .zst."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import gzip
+import hashlib
+import io
+import os
+import zlib
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Annotated, Any, BinaryIO, cast
+
+from pydantic import AfterValidator, BeforeValidator
+
+from qlora_core.errors import ConfigError, DataError, Problem
+
+__all__ = ["COMPRESSED", "Paths", "absolute", "digest", "files_in", "opened", "plain_suffix"]
+
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+"""The suffixes of compressed files that `opened` reads."""
+
+BUFFER = 2**20  # bytes: long lines come in few pieces
+PIECE = 2**16  # bytes that are decompressed at a time
+
+
+def absolute(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Return the path or paths absolute; raise ValueError where there is none.
+
+    Paths are relative to the working directory; the resolved configuration must not depend on it.
+    """
+    if not value:
+        raise ValueError(
+            "the path is empty; name a file, a glob or a folder" if value == "" else "the list is empty; name at least one file"
+        )
+    if isinstance(value, str):
+        return os.path.abspath(os.path.expanduser(value))
+    if "" in value:
+        raise ValueError("a path in the list is empty; name a file, a glob or a folder")
+    return tuple(os.path.abspath(os.path.expanduser(item)) for item in value)
+
+
+def _as_text(value: Any) -> Any:
+    """Take pathlib's paths, too."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return [os.fspath(v) if isinstance(v, os.PathLike) else v for v in value] if isinstance(value, list | tuple) else value
+
+
+AnyPaths = Annotated[str | tuple[str, ...], BeforeValidator(_as_text)]
+"""The type of an option that holds a path, or several, as written."""
+
+Paths = Annotated[AnyPaths, AfterValidator(absolute)]
+"""The type of an option that holds a file, a glob, a folder or a list of these: text or pathlib's, made absolute."""
+
+
+def files_in(option: str, paths: str | Sequence[str], suffixes: Sequence[str], ignored: Collection[str] = ()) -> list[Path]:
+    """Return the files that *paths* name, each once, globs and folders sorted; raise ConfigError for one that has none.
+
+    In a folder the files with one of *suffixes* count, compressed or not, unless their name is one of *ignored*.
+    """
+    found: dict[Path, None] = {}
+    for item in [paths] if isinstance(paths, str) else paths:
+        path = Path(item)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if plain_suffix(p) in suffixes and p.name not in ignored and p.is_file())
+            kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+            problem = f"the folder {item!r} holds no {kinds} file; name the files, or a glob"
+        elif path.is_file():
+            files, problem = [path], ""
+        else:
+            files = sorted(Path(p) for p in glob.glob(item, recursive=True) if Path(p).is_file())
+            problem = f"no file {item!r}; paths are relative to the working directory {os.getcwd()}"
+        if not files:
+            raise ConfigError([Problem((option,), problem)])
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def plain_suffix(path: str | Path) -> str:
+    """Return the suffix of *path* in lower case, without that of a compression: ".txt" of "a.txt.gz"."""
+    stem, suffix = os.path.splitext(os.fspath(path).lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
+
+
+def opened(path: str | Path, offset: int = 0) -> BinaryIO:
+    """Return the bytes of the file at *path* from *offset* on, decompressed where its suffix says so.
+
+    Raises DataError, now or while it is read, for a file that is not readable and for damaged compressed data. An
+    offset counts decompressed bytes; in a compressed file all before it is decompressed again.
+    """
+    kind = COMPRESSED.get(os.path.splitext(path)[1].lower())
+    try:
+        stream = io.BufferedReader(io.FileIO(path) if kind is None else _Decompressed(path, kind), BUFFER)
+        if offset:
+            stream.seek(offset)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return stream
+
+
+def digest(files: Iterable[str | Path]) -> str:
+    """Return a SHA-256 of the contents of *files*, in order; raise DataError for one that is not readable."""
+    total = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise _unreadable(file, error) from error
+    return total.hexdigest()
+
+
+def _unreadable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{path}: {(error.strerror or str(error)).lower()}; make the file readable")
+
+
+class _Decompressed(io.RawIOBase):
+    """The decompressed bytes of a file; it seeks, by reading, which lets a text wrapper tell and find positions."""
+
+    def __init__(self, path: str | Path, kind: str) -> None:
+        self._path = path
+        self._kind = kind
+        self._read = 0  # bytes that came out so far
+        self._stream = self._open()
+
+    def _open(self) -> IO[bytes]:
+        if self._kind == "gzip":
+            return cast("IO[bytes]", gzip.open(self._path, "rb"))
+        import pyarrow as pa
+
+        return cast("IO[bytes]", pa.CompressedInputStream(pa.OSFile(os.fspath(self._path), "rb"), self._kind))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._read
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_CUR:
+            offset += self._read
+        elif whence == os.SEEK_END:
+            raise OSError(errno.EINVAL, "the end of compressed data is not known")
+        if offset < self._read:
+            self._stream.close()
+            self._stream, self._read = self._open(), 0
+        while self._read < offset and self._next(min(BUFFER, offset - self._read)):
+            pass
+        return self._read
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next(self, size: int) -> bytes:
+        try:
+            # in small pieces, so that what comes before the damage is seen
+            data = cast(bytes, self._stream.read1(min(size, PIECE)))  # type: ignore[attr-defined]
+        except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno not in (None, 0):
+                raise  # of the disk, not of what is on it
+            reason = str(error) or "damaged"
+            raise DataError(
+                f"{self._path}: damaged {self._kind} data after {self._read} bytes of content "
+                f"({reason[0].lower()}{reason[1:]}); the file may be cut off: fetch it again"
+            ) from error
+        self._read += len(data)
+        return data
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()

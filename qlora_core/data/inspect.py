@@ -1,0 +1,322 @@
+"""What the data look like before training: statistics, and samples token by token, as plain numbers and texts.
+
+Computes, and draws nothing. What is counted here is counted from the columns beside the samples, not from the encoder's
+word: a template or a mask that is wrong shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_core.calls import calling
+from qlora_core.config import DataConfig, RunConfig
+from qlora_core.data import gate
+from qlora_core.data.preview import BlockView, view
+
+if TYPE_CHECKING:
+    import datasets
+    import transformers
+
+    from qlora_core.data.blocks import Blocks
+    from qlora_core.data.encode import Encoded
+    from qlora_core.data.encoders import Encoder
+    from qlora_core.parts import Weighted
+    from qlora_core.pipeline import Prepared
+    from qlora_core.providers import DatasetSource
+
+__all__ = ["Bin", "Found", "Inspection", "Split", "Statistics", "Supervision", "histogram", "inspect", "statistics"]
+
+Ints = npt.NDArray[Any]
+
+BINS = 10  # of a histogram, at most
+LINEAR = 50  # times the shortest length that the longest may be, for bins that are equally wide
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Samples with *low* to *high* tokens, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A kind of finding of the gate in one split, with the first rows that have it."""
+
+    split: str
+    code: str
+    what: str
+    count: int
+    error: bool
+    examples: list[str]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a source gives and which tokens of it are supervised, as `train_on` came out."""
+
+    source: str
+    form: str
+    train_on: str
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts over the blocks of a split; a sample that a weight takes twice counts twice.
+
+    `packing_efficiency` is tokens / (blocks * sequence_length); without packing it is None, and `padding_share` is the share
+    of all positions in the batches that are padding. `answers` are supervised turns, `ended` those whose end-of-turn token
+    is supervised, `cut` the samples that lose their end, `lost` the tokens of it.
+    """
+
+    samples: int
+    distinct: int
+    tokens: int
+    supervised: int
+    supervised_share: float
+    shortest: int
+    median: float
+    longest: int
+    blocks: int
+    packing_efficiency: float | None
+    padding_share: float | None
+    answers: int
+    ended: int
+    cut: int
+    lost: int
+    histogram: list[Bin]
+    """Of lengths before anything is cut; in the training data those that are left out as too long, too."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `qlora data` shows, ready for JSON."""
+
+    sequence_length: int
+    packing: bool
+    streaming: bool
+    """Then the statistics of the training data are those of the first rows, as many as the gate saw."""
+    read: dict[str, int]
+    """Samples before any was left out; those held out count as "train" where there is no evaluation data of its own."""
+    left_out: int
+    """Samples that stand in no block: problems, repetitions, and what a weight below 1 takes away."""
+    template: str | None
+    end_of_turn: str | None
+    spelt_out: list[str]
+    """Control tokens of the template that the tokenizer does not have: they are spelt with ordinary ones."""
+    supervision: list[Supervision]
+    statistics: dict[str, Statistics]
+    findings: list[Found]
+    blocks: list[BlockView]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The blocks of a split, and its samples with all columns, numbered as the blocks number them."""
+
+    blocks: Blocks
+    samples: datasets.Dataset
+
+    def rows(self, block: int | None = None) -> Ints:
+        """Return the samples of a block, or of all, in order: (N,) int64."""
+        if block is None:
+            return self.blocks._indices
+        return self.blocks._indices[self.blocks._offsets[block] : self.blocks._offsets[block + 1]]
+
+
+def inspect(config: RunConfig, sources: Sequence[Weighted], prepared: Prepared, samples: int = 3) -> Inspection:
+    """Return what the data of *config* look like, with *samples* training blocks, evenly spread, token by token."""
+    from qlora_core.data.mask import end_of_turn
+
+    encoded, tokenizer = prepared.encoded, prepared.tokenizer
+    split = _streamed if config.data.streaming else _stored
+    encoders, splits = split(sources, encoded, tokenizer, config.data)
+    template, train = encoded.template, splits["train"]
+    end = end_of_turn(tokenizer, template) if template is not None else None
+    wanted = np.unique(np.linspace(0, len(train.blocks) - 1, samples).round().astype(np.int64))
+    return Inspection(
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        streaming=config.data.streaming,
+        read=dict(encoded.rows),
+        left_out=_left_out(encoded, splits),
+        template=template.name if template is not None else None,
+        end_of_turn=tokenizer.convert_ids_to_tokens(end) if end is not None else None,
+        spelt_out=template.missing_tokens(tokenizer) if template is not None else [],
+        supervision=[_supervision(source.name, encoder) for (source, _), encoder in zip(sources, encoders, strict=True)],
+        statistics={name: statistics(one, name, config, own_rows=name in encoded.rows) for name, one in splits.items()},
+        findings=_findings(encoded),
+        blocks=[view(train, int(index), tokenizer) for index in wanted],
+    )
+
+
+def statistics(split: Split, name: str, config: RunConfig, *, own_rows: bool = True) -> Statistics:
+    """Return the counts of *split*; with *own_rows* its histogram has the samples, too, that are too long to be used."""
+    from qlora_core.training.order import padding_share, training_order
+
+    data, blocks, rows = config.data, split.blocks, split.rows()
+    numbers = {key: gate.column(split.samples, key).astype(np.int64) for key in ("length", "supervised", "turns", "ended")}
+    kept = gate.lengths(split.samples)
+    lengths, whole = kept[rows], numbers["length"][rows]
+    too_long = numbers["length"][(kept == 0) & (numbers["length"] > data.sequence_length)] if own_rows else whole[:0]
+    tokens, supervised = int(lengths.sum()), int(numbers["supervised"][rows].sum())
+    padding = None
+    if not blocks.packed:
+        size = config.training.batch_size if name == "train" else config.training.eval_batch_size or config.training.batch_size
+        order = training_order(blocks.lengths, config.training.seed, 0, size) if name == "train" else None
+        padding = padding_share(blocks.lengths, size, data.pad_to_multiple_of, order)
+    return Statistics(
+        samples=len(rows),
+        distinct=len(np.unique(rows)),
+        tokens=tokens,
+        supervised=supervised,
+        supervised_share=supervised / tokens,
+        shortest=int(lengths.min()),
+        median=float(np.median(lengths)),
+        longest=int(lengths.max()),
+        blocks=len(blocks),
+        packing_efficiency=tokens / (len(blocks) * data.sequence_length) if blocks.packed else None,
+        padding_share=padding,
+        answers=int(numbers["turns"][rows].sum()),
+        ended=int(numbers["ended"][rows].sum()),
+        cut=int((whole > lengths).sum()),
+        lost=int((whole - lengths).clip(0).sum()),
+        histogram=histogram(np.concatenate([whole, too_long]), data.sequence_length),
+    )
+
+
+def histogram(lengths: Ints, limit: int) -> list[Bin]:
+    """Return *lengths* counted in at most BINS bins, and one more where *limit* parts one in two: it ends a bin.
+
+    Bins are equally wide and end at round numbers; where the longest is more than LINEAR times the shortest, they end at
+    powers of two, each twice as wide as the one before.
+    """
+    if not len(lengths):
+        return []
+    low, high = max(1, int(lengths.min())), max(1, int(lengths.max()))
+    if high > LINEAR * low:
+        last = (high - 1).bit_length()
+        edges = [0, *(2**power for power in range(max(0, last - BINS + 1), last + 1))]
+    else:
+        steps = (digit * 10**power for power in range(12) for digit in (1, 2, 5))
+        step = next(step for step in steps if (high - 1) // step - (low - 1) // step < BINS)
+        edges = [*range((low - 1) // step * step, high + step, step)]
+    if low <= limit < edges[-1]:
+        edges = sorted({*edges, limit})
+    counts = np.histogram(lengths, np.array(edges) + 0.5)[0].tolist()
+    made = [Bin(start + 1, end, count) for (start, end), count in zip(itertools.pairwise(edges), counts, strict=True)]
+    used = [index for index, one in enumerate(made) if one.count]
+    return made[used[0] : used[-1] + 1]
+
+
+def _supervision(source: str, encoder: Encoder) -> Supervision:
+    from qlora_core.data.encoders import ChatEncoder, TextEncoder
+
+    if isinstance(encoder, ChatEncoder):
+        return Supervision(source, "prompts" if encoder.train_on == "completion" else "chats", encoder.train_on)
+    form = "text" if isinstance(encoder, TextEncoder) else "tokens"
+    return Supervision(source, form, "labels" if encoder.labels else "all")
+
+
+def _findings(encoded: Encoded) -> list[Found]:
+    """Return what the gate found, by split; errors first, then by how many rows have it."""
+    return [
+        Found(split, code, one.what, one.count, one.error, list(one.examples), one.remedy)
+        for split, found in encoded.findings.items()
+        for code, one in sorted(found.items(), key=lambda item: (not item[1].error, -item[1].count))
+    ]
+
+
+def _left_out(encoded: Encoded, splits: dict[str, Split]) -> int:
+    """Return how many of the samples that were read stand in no block."""
+    used = [len(np.unique(split.rows())) for split in splits.values()]
+    return sum(encoded.rows.values()) - sum(used)
+
+
+def _stored(
+    sources: Sequence[Weighted], encoded: Encoded, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig
+) -> tuple[list[Encoder], dict[str, Split]]:
+    """Return the encoder of each source, and the splits with all columns of their samples.
+
+    Blocks have only tokens and labels. The same samples are asked for again, in the order in which `encode` joins them: they
+    are in the cache.
+    """
+    from qlora_core.data.samples import samples_of
+
+    train = [read for source, _ in sources if (read := _read(source, "train", encoded, tokenizer, data)) is not None]
+    own = [_read(source, "eval", encoded, tokenizer, data) for source, _ in sources]
+    held_out = [held or (read if data.eval_fraction > 0 else None) for held, read in zip(own, train, strict=True)]
+    evaluation = [read for read in held_out if read is not None]
+    labelled = any(encoder.labels for _, encoder in (*train, *filter(None, own)))
+    splits = {}
+    for name, blocks, reads in (("train", encoded.train, train), ("eval", encoded.eval, evaluation)):
+        if blocks is not None:
+            samples = [samples_of(examples, encoder, labelled=labelled) for examples, encoder in reads]
+            splits[name] = Split(cast("Blocks", blocks), _joined(samples))
+    return [encoder for _, encoder in train], splits
+
+
+def _streamed(
+    sources: Sequence[Weighted], encoded: Encoded, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig
+) -> tuple[list[Encoder], dict[str, Split]]:
+    """Return the encoder of each stream, and the rows that the gate saw as the training split, packed as in training."""
+    from qlora_core.data.samples import samples_of
+    from qlora_core.data.stream import StreamedBlocks, first_rows
+
+    train = encoded.train
+    assert isinstance(train, StreamedBlocks)
+    samples = _joined([first_rows(stream, data.gate_rows, labelled=train.labelled)[0] for stream in train.streams])
+    splits = {"train": Split(_packed(samples, data), samples)}
+    if encoded.eval is not None:
+        reads = [read for source, _ in sources if (read := _read(source, "eval", encoded, tokenizer, data)) is not None]
+        held_out = [samples_of(examples, encoder, labelled=train.labelled) for examples, encoder in reads]
+        splits["eval"] = Split(encoded.eval, _joined(held_out))
+    return [stream.encoder for stream in train.streams], splits
+
+
+def _read(
+    source: DatasetSource,
+    split: Literal["train", "eval"],
+    encoded: Encoded,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    data: DataConfig,
+) -> tuple[datasets.Dataset, Encoder] | None:
+    from qlora_core.data.encoders import encoder_for
+
+    with calling(source, f"examples({split!r})"):
+        examples = source.examples(split)
+    if examples is None:
+        return None
+    return examples, encoder_for(examples.column_names, source.name, tokenizer, encoded.template, data)
+
+
+def _packed(samples: datasets.Dataset, data: DataConfig) -> Blocks:
+    """Return the blocks of the samples that can be used, `data.buffer` of them packed together at a time."""
+    from qlora_core.data.blocks import Blocks
+    from qlora_core.data.pack import pack
+
+    rows = gate.usable(samples, gate.judge(samples)[1], data)
+    if not data.packing:
+        return Blocks(samples, (np.arange(len(rows) + 1), rows), packed=False)
+    offsets, indices = [np.zeros(1, np.int64)], []
+    for start in range(0, len(rows), data.buffer):
+        some = rows[start : start + data.buffer]
+        bounds, chosen = pack(gate.lengths(samples)[some], data.sequence_length)
+        offsets.append(bounds[1:] + start)
+        indices.append(some[chosen])
+    return Blocks(samples, (np.concatenate(offsets), np.concatenate(indices)), packed=True)
+
+
+def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    import datasets
+
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)

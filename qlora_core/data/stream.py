@@ -1,0 +1,174 @@
+"""Blocks made while training, of data that is stored nowhere: read, encode, judge, pack within a buffer, shuffle, go on.
+
+What is held between two blocks is small and can be written down, so that a resumed run seeks and gets the same blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from qlora_core.calls import calling
+from qlora_core.config import DataConfig
+from qlora_core.data import gate
+from qlora_core.data.encoders import Encoder
+from qlora_core.data.findings import FINDINGS
+from qlora_core.data.pack import pack
+from qlora_core.data.samples import Sample, table_of
+from qlora_core.errors import DataError, RunError
+from qlora_core.providers import DatasetSource
+
+__all__ = ["Stream", "StreamedBlocks", "first_rows"]
+
+KEPT = 4096  # moments that are remembered: more than the Trainer ever reads ahead
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A source with its encoder, and its share of the samples."""
+
+    source: DatasetSource
+    encoder: Encoder
+    weight: float = 1.0
+
+    def batches(self, state: dict[str, Any]) -> Iterator[list[Sample]]:
+        """Yield samples from *state* on, for ever: after the last row comes the first; *state* is what comes after them."""
+        while True:
+            self.encoder.state = state["encoder"]
+            for rows, position in self.rows(state["position"]):
+                samples = list(self.encoder.encode(_columns(rows), state["row"]))
+                state |= {"position": position, "row": state["row"] + len(rows), "encoder": self.encoder.state}
+                yield samples
+            if state["row"] == 0:
+                raise DataError(f"dataset: {self.source.name!r} gives no rows; the data is empty")
+            rest = list(self.encoder.finish())
+            state |= _beginning()
+            yield rest
+
+    def rows(self, position: Any = None) -> Iterator[tuple[list[dict[str, Any]], Any]]:
+        """Yield as many rows as the encoder takes at once, and the position after them."""
+        with calling(self.source, "stream"):
+            reader = iter(self.source.stream(position))
+        while True:
+            with calling(self.source, "stream"):
+                batch = list(itertools.islice(reader, min(self.encoder.rows, self.encoder.data.buffer)))
+            if not batch:
+                return
+            yield [row for row, _ in batch], batch[-1][1]
+
+
+class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """Endless blocks of *streams*; the same seed gives the same blocks, also after `restore`."""
+
+    packed: bool
+
+    def __init__(self, streams: Sequence[Stream], data: DataConfig, *, labelled: bool, seed: int) -> None:
+        self.streams = list(streams)
+        self.data = data
+        self.packed = data.packing
+        self.labelled = labelled
+        self.seed = seed
+        self._start: dict[str, Any] = {"window": 0, "streams": [_beginning() for _ in streams], "pending": []}
+        self._moments: deque[tuple[int, dict[str, Any], list[dict[str, Any]], int]] = deque(maxlen=KEPT)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield blocks: input_ids (T,) int32, labels (T,) int32 where some tokens are not supervised, lengths of samples."""
+        state = {"window": self._start["window"], "streams": [dict(stream) for stream in self._start["streams"]]}
+        readers = [stream.batches(held) for stream, held in zip(self.streams, state["streams"], strict=True)]
+        blocks, taken = list(self._start["pending"]), 0
+        self._moments.clear()
+        while True:
+            after = {"window": state["window"], "streams": [dict(stream) for stream in state["streams"]]}
+            for index, block in enumerate(blocks):
+                taken += 1
+                self._moments.append((taken, after, blocks, index + 1))
+                yield block
+            blocks = self._window(readers, state)
+
+    def state_after(self, taken: int) -> dict[str, Any]:
+        """Return what `restore` needs to go on after *taken* blocks: JSON-ready, but for arrays."""
+        if taken == 0:
+            return self._start
+        for count, after, blocks, index in self._moments:
+            if count == taken:
+                return {**after, "pending": blocks[index:]}
+        raise RunError(f"the stream's position after {taken} blocks is not known any more")  # pragma: no cover
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Begin the next iteration where *state* was taken."""
+        self._start = state
+
+    def _window(self, readers: list[Iterator[list[Sample]]], state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the blocks of the next samples, of each stream its share, in an order that only the seed decides."""
+        total = sum(stream.weight for stream in self.streams)
+        samples: list[Sample] = []
+        for stream, reader in zip(self.streams, readers, strict=True):
+            wanted = max(1, round(self.data.buffer * stream.weight / total))
+            samples += self._good(reader, wanted, stream)
+        lengths = np.array([len(sample.ids) for sample in samples], np.int64)
+        bounds, chosen = pack(lengths, self.data.sequence_length) if self.packed else (None, None)
+        parts = [[sample] for sample in samples]
+        if bounds is not None and chosen is not None:
+            parts = [[samples[i] for i in chosen[a:b]] for a, b in itertools.pairwise(bounds)]
+        order = np.random.default_rng([self.seed, state["window"]]).permutation(len(parts))
+        state["window"] += 1
+        return [self._block(parts[index]) for index in order]
+
+    def _good(self, reader: Iterator[list[Sample]], wanted: int, stream: Stream) -> list[Sample]:
+        """Return at least *wanted* samples that can be used; whole batches, since a position stands after each."""
+        samples: list[Sample] = []
+        refused = 0
+        while len(samples) < wanted:
+            for sample in next(reader):
+                errors = [problem for problem in sample.problems if FINDINGS[problem.partition(":")[0]].error]
+                if errors and self.data.on_problem == "error":
+                    raise DataError(
+                        f"dataset: {stream.source.name!r}: {sample.origin}: {errors[0]}; mend it and go on with --resume, "
+                        "or set data.on_problem"
+                    )
+                if sample.supervised and (not errors or self.data.on_problem == "warn"):
+                    samples.append(sample)
+                else:
+                    refused += 1
+            if not samples and refused > self.data.gate_rows:
+                raise DataError(f"dataset: {stream.source.name!r}: none of {refused:,} rows in turn can be used")
+        return samples
+
+    def _block(self, samples: list[Sample]) -> dict[str, Any]:
+        block: dict[str, Any] = {"input_ids": np.concatenate([sample.ids for sample in samples])}
+        if self.labelled:
+            block["labels"] = np.concatenate([s.ids if s.labels is None else s.labels for s in samples])
+        return {**block, "lengths": [len(sample.ids) for sample in samples]}
+
+
+def first_rows(stream: Stream, rows: int, *, labelled: bool) -> tuple[datasets.Dataset, str]:
+    """Return the samples of the first *rows* rows, in memory, for the gate; and a SHA-256 of their digests."""
+    tables: list[pa.RecordBatch] = []
+    seen, stream.encoder.state = 0, None
+    for batch, _ in stream.rows():
+        batch = batch[: rows - seen]
+        tables.append(table_of(stream.encoder.encode(_columns(batch), seen), labelled))
+        seen += len(batch)
+        if seen >= rows:
+            break
+    tables.append(table_of(stream.encoder.finish(), labelled))
+    samples = datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_batches(tables)))
+    digest = hashlib.sha256(gate.column(samples, "digest").tobytes()).hexdigest()
+    return samples, digest
+
+
+def _beginning() -> dict[str, Any]:
+    return {"position": None, "row": 0, "encoder": None}
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in rows[0]}
