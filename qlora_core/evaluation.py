@@ -26,9 +26,9 @@ def evaluate(model: torch.nn.Module, blocks: Blocks, *, batch_size: int = 2, mix
     import torch
     from torch.utils.data import DataLoader
 
-    from qlora_core.attention import prepare_packed
     from qlora_core.data.collate import Collator
     from qlora_core.device import pick_precision
+    from qlora_core.packed import prepare_packed
     from qlora_core.training.loss import score
 
     device = next(model.parameters()).device

@@ -96,6 +96,7 @@ def load_model(
     from safetensors import SafetensorError
 
     from qlora_core.device import pick_device
+    from qlora_core.packed import guard
 
     skeleton = build_skeleton(config) if skeleton is None else skeleton
     arguments: dict[str, Any] = {}
@@ -135,6 +136,7 @@ def load_model(
                 packed = quantizer is not None and name == "weight" and quantizer.is_quantized(module)
                 if half and not packed:
                     parameter.data = parameter.data.float()
+    guard(base)
     return base.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -77,6 +78,9 @@ class Parts:
             problems.append(
                 Problem(("training", "max_steps"), "required with data.streaming: a stream has no end that is known")
             )
+        if config.data.streaming and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            what = "a stream is read by one process; start without torchrun, or set it to false"
+            problems.append(Problem(("data", "streaming"), what))
         problems += _twice(self.exporters)
         for where, provider in self.located():
             try:

@@ -40,6 +40,7 @@ class Blocks:
         *,
         packed: bool | None = None,
     ) -> None:
+        self.table = samples
         columns = [name for name in ("input_ids", "labels") if name in samples.column_names]
         self._samples = samples.select_columns(columns).with_format("arrow")
         sizes = [_sizes(rows.column("input_ids")) for rows in self._samples.iter(batch_size=ROWS)]
@@ -61,7 +62,7 @@ class Blocks:
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         index %= len(self)
-        which = self._indices[self._offsets[index] : self._offsets[index + 1]]
+        which = self.rows(index)
         rows = self._samples[which.tolist()]
         block = {name: _flat(rows.column(name)) for name in rows.column_names}
         return {**block, "lengths": self._sizes[which].tolist()}
@@ -69,12 +70,17 @@ class Blocks:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
 
+    def rows(self, index: int | None = None) -> Numbers:
+        """Return which rows of `table` a block is made of, or all blocks in order: (n,) int64."""
+        return self._indices if index is None else self._indices[self._offsets[index] : self._offsets[index + 1]]
+
     def select(self, indices: Sequence[int] | npt.NDArray[Any]) -> Blocks:
         """Return the blocks at *indices*, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
         sizes = np.diff(self._offsets)[chosen]
         pieces = [self._indices[self._offsets[i] : self._offsets[i + 1]] for i in chosen]
         blocks = object.__new__(Blocks)
+        blocks.table = self.table
         blocks._samples, blocks._sizes, blocks.packed = self._samples, self._sizes, self.packed
         blocks._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         blocks._indices = np.concatenate(pieces) if pieces else self._indices[:0]

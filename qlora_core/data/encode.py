@@ -48,6 +48,10 @@ class Encoded:
     """What the gate found, by split."""
     rows: dict[str, int] = field(default_factory=dict)
     """Samples before any was left out, by split; without a separate "eval" split they count as "train"."""
+    encoders: tuple[Encoder, ...] = ()
+    """What made the training samples of each source."""
+    checked: datasets.Dataset | None = None
+    """Of a stream, the samples that the gate has seen."""
 
     @property
     def train_tokens(self) -> int:
@@ -97,7 +101,8 @@ def encode(
         gate.tell(findings, split, data)
     blocks = {split: _blocks(parts, data) for split, parts in chosen.items() if parts}
     digest = _fingerprint(chosen.values())
-    return Encoded(blocks["train"], blocks.get("eval"), digest, encoders.template, found, rows)
+    made = tuple(read.encoder for read in train if read is not None)
+    return Encoded(blocks["train"], blocks.get("eval"), digest, encoders.template, found, rows, made)
 
 
 def encode_split(
@@ -182,6 +187,8 @@ def _judged(
 
 def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encoded:
     """Return endless blocks of what *mix* gives, once the gate has seen the first rows of each source."""
+    import datasets
+
     from qlora_core.data.stream import Stream, StreamedBlocks, first_rows
 
     data = encoders.data
@@ -200,18 +207,21 @@ def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encode
         streams.append(Stream(source, encoders.make(list(first[0]), source.name), weight))
     encoded = [*(stream.encoder for stream in streams), *(read.encoder for read in evaluation)]
     labelled = any(encoder.labels for encoder in encoded)
-    digest = hashlib.sha256()
+    digest, checked = hashlib.sha256(), []
     for stream in streams:
         samples, part = first_rows(stream, data.gate_rows, labelled=labelled)
         found["train"].merge(gate.check(samples, "train", stream.source.name, data)[0])
         rows["train"] += len(samples)
         digest.update(part.encode())
+        checked.append(samples)
     judged = [_judged(read, labelled, found, rows) for read in evaluation]
     for split, findings in found.items():
         gate.tell(findings, split, data)
     blocks = StreamedBlocks(streams, data, labelled=labelled, seed=seed)
     held_out = _blocks(judged, data) if judged else None
-    return Encoded(blocks, held_out, digest.hexdigest(), encoders.template, found, rows)
+    made = tuple(stream.encoder for stream in streams)
+    seen = datasets.concatenate_datasets(checked)
+    return Encoded(blocks, held_out, digest.hexdigest(), encoders.template, found, rows, made, seen)
 
 
 def _held_out(

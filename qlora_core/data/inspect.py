@@ -9,28 +9,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qlora_core.calls import calling
 from qlora_core.config import DataConfig, RunConfig
 from qlora_core.data import gate
+from qlora_core.data.blocks import Blocks
 from qlora_core.data.preview import BlockView, view
 
 if TYPE_CHECKING:
     import datasets
-    import transformers
 
-    from qlora_core.data.blocks import Blocks
     from qlora_core.data.encode import Encoded
     from qlora_core.data.encoders import Encoder
     from qlora_core.parts import Weighted
     from qlora_core.pipeline import Prepared
-    from qlora_core.providers import DatasetSource
 
-__all__ = ["Bin", "Found", "Inspection", "Split", "Statistics", "Supervision", "histogram", "inspect", "statistics"]
+__all__ = ["Bin", "Found", "Inspection", "Statistics", "Supervision", "histogram", "inspect", "statistics"]
 
 Ints = npt.NDArray[Any]
 
@@ -119,30 +116,17 @@ class Inspection:
     blocks: list[BlockView]
 
 
-@dataclass(frozen=True)
-class Split:
-    """The blocks of a split, and its samples with all columns, numbered as the blocks number them."""
-
-    blocks: Blocks
-    samples: datasets.Dataset
-
-    def rows(self, block: int | None = None) -> Ints:
-        """Return the samples of a block, or of all, in order: (N,) int64."""
-        if block is None:
-            return self.blocks._indices
-        return self.blocks._indices[self.blocks._offsets[block] : self.blocks._offsets[block + 1]]
-
-
 def inspect(config: RunConfig, sources: Sequence[Weighted], prepared: Prepared, samples: int = 3) -> Inspection:
     """Return what the data of *config* look like, with *samples* training blocks, evenly spread, token by token."""
     from qlora_core.data.mask import end_of_turn
 
     encoded, tokenizer = prepared.encoded, prepared.tokenizer
-    split = _streamed if config.data.streaming else _stored
-    encoders, splits = split(sources, encoded, tokenizer, config.data)
-    template, train = encoded.template, splits["train"]
+    template = encoded.template
+    train = encoded.train if encoded.checked is None else _packed(encoded.checked, config.data)
+    assert isinstance(train, Blocks)
+    splits = {"train": train} | ({"eval": encoded.eval} if encoded.eval is not None else {})
     end = end_of_turn(tokenizer, template) if template is not None else None
-    wanted = np.unique(np.linspace(0, len(train.blocks) - 1, samples).round().astype(np.int64))
+    wanted = np.unique(np.linspace(0, len(train) - 1, samples).round().astype(np.int64))
     return Inspection(
         sequence_length=config.data.sequence_length,
         packing=config.data.packing,
@@ -152,20 +136,22 @@ def inspect(config: RunConfig, sources: Sequence[Weighted], prepared: Prepared, 
         template=template.name if template is not None else None,
         end_of_turn=tokenizer.convert_ids_to_tokens(end) if end is not None else None,
         spelt_out=template.missing_tokens(tokenizer) if template is not None else [],
-        supervision=[_supervision(source.name, encoder) for (source, _), encoder in zip(sources, encoders, strict=True)],
+        supervision=[
+            _supervision(source.name, encoder) for (source, _), encoder in zip(sources, encoded.encoders, strict=True)
+        ],
         statistics={name: statistics(one, name, config, own_rows=name in encoded.rows) for name, one in splits.items()},
         findings=_findings(encoded),
         blocks=[view(train, int(index), tokenizer) for index in wanted],
     )
 
 
-def statistics(split: Split, name: str, config: RunConfig, *, own_rows: bool = True) -> Statistics:
-    """Return the counts of *split*; with *own_rows* its histogram has the samples, too, that are too long to be used."""
+def statistics(blocks: Blocks, name: str, config: RunConfig, *, own_rows: bool = True) -> Statistics:
+    """Return the counts of *blocks*; with *own_rows* its histogram has the samples, too, that are too long to be used."""
     from qlora_core.training.order import padding_share, training_order
 
-    data, blocks, rows = config.data, split.blocks, split.rows()
-    numbers = {key: gate.column(split.samples, key).astype(np.int64) for key in ("length", "supervised", "turns", "ended")}
-    kept = gate.lengths(split.samples)
+    data, rows = config.data, blocks.rows()
+    numbers = {key: gate.column(blocks.table, key).astype(np.int64) for key in ("length", "supervised", "turns", "ended")}
+    kept = gate.lengths(blocks.table)
     lengths, whole = kept[rows], numbers["length"][rows]
     too_long = numbers["length"][(kept == 0) & (numbers["length"] > data.sequence_length)] if own_rows else whole[:0]
     tokens, supervised = int(lengths.sum()), int(numbers["supervised"][rows].sum())
@@ -236,72 +222,14 @@ def _findings(encoded: Encoded) -> list[Found]:
     ]
 
 
-def _left_out(encoded: Encoded, splits: dict[str, Split]) -> int:
+def _left_out(encoded: Encoded, splits: dict[str, Blocks]) -> int:
     """Return how many of the samples that were read stand in no block."""
-    used = [len(np.unique(split.rows())) for split in splits.values()]
+    used = [len(np.unique(blocks.rows())) for blocks in splits.values()]
     return sum(encoded.rows.values()) - sum(used)
-
-
-def _stored(
-    sources: Sequence[Weighted], encoded: Encoded, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig
-) -> tuple[list[Encoder], dict[str, Split]]:
-    """Return the encoder of each source, and the splits with all columns of their samples.
-
-    Blocks have only tokens and labels. The same samples are asked for again, in the order in which `encode` joins them: they
-    are in the cache.
-    """
-    from qlora_core.data.samples import samples_of
-
-    train = [read for source, _ in sources if (read := _read(source, "train", encoded, tokenizer, data)) is not None]
-    own = [_read(source, "eval", encoded, tokenizer, data) for source, _ in sources]
-    held_out = [held or (read if data.eval_fraction > 0 else None) for held, read in zip(own, train, strict=True)]
-    evaluation = [read for read in held_out if read is not None]
-    labelled = any(encoder.labels for _, encoder in (*train, *filter(None, own)))
-    splits = {}
-    for name, blocks, reads in (("train", encoded.train, train), ("eval", encoded.eval, evaluation)):
-        if blocks is not None:
-            samples = [samples_of(examples, encoder, labelled=labelled) for examples, encoder in reads]
-            splits[name] = Split(cast("Blocks", blocks), _joined(samples))
-    return [encoder for _, encoder in train], splits
-
-
-def _streamed(
-    sources: Sequence[Weighted], encoded: Encoded, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig
-) -> tuple[list[Encoder], dict[str, Split]]:
-    """Return the encoder of each stream, and the rows that the gate saw as the training split, packed as in training."""
-    from qlora_core.data.samples import samples_of
-    from qlora_core.data.stream import StreamedBlocks, first_rows
-
-    train = encoded.train
-    assert isinstance(train, StreamedBlocks)
-    samples = _joined([first_rows(stream, data.gate_rows, labelled=train.labelled)[0] for stream in train.streams])
-    splits = {"train": Split(_packed(samples, data), samples)}
-    if encoded.eval is not None:
-        reads = [read for source, _ in sources if (read := _read(source, "eval", encoded, tokenizer, data)) is not None]
-        held_out = [samples_of(examples, encoder, labelled=train.labelled) for examples, encoder in reads]
-        splits["eval"] = Split(encoded.eval, _joined(held_out))
-    return [stream.encoder for stream in train.streams], splits
-
-
-def _read(
-    source: DatasetSource,
-    split: Literal["train", "eval"],
-    encoded: Encoded,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    data: DataConfig,
-) -> tuple[datasets.Dataset, Encoder] | None:
-    from qlora_core.data.encoders import encoder_for
-
-    with calling(source, f"examples({split!r})"):
-        examples = source.examples(split)
-    if examples is None:
-        return None
-    return examples, encoder_for(examples.column_names, source.name, tokenizer, encoded.template, data)
 
 
 def _packed(samples: datasets.Dataset, data: DataConfig) -> Blocks:
     """Return the blocks of the samples that can be used, `data.buffer` of them packed together at a time."""
-    from qlora_core.data.blocks import Blocks
     from qlora_core.data.pack import pack
 
     rows = gate.usable(samples, gate.judge(samples)[1], data)
@@ -314,9 +242,3 @@ def _packed(samples: datasets.Dataset, data: DataConfig) -> Blocks:
         offsets.append(bounds[1:] + start)
         indices.append(some[chosen])
     return Blocks(samples, (np.concatenate(offsets), np.concatenate(indices)), packed=True)
-
-
-def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
-    import datasets
-
-    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)

@@ -19,7 +19,7 @@ from qlora_core.data.mask import IGNORED
 if TYPE_CHECKING:
     import transformers
 
-    from qlora_core.data.inspect import Split
+    from qlora_core.data.blocks import Blocks
 
 __all__ = ["BlockView", "SampleView", "Token", "shown", "tokens_of", "view", "visible"]
 
@@ -72,14 +72,14 @@ class BlockView:
     samples: list[SampleView]
 
 
-def view(split: Split, block: int, tokenizer: transformers.PreTrainedTokenizerBase) -> BlockView:
+def view(blocks: Blocks, block: int, tokenizer: transformers.PreTrainedTokenizerBase) -> BlockView:
     """Return the block of this index with its samples, token by token."""
-    content, start, samples = split.blocks[block], 0, []
-    for length, row in zip(content["lengths"], split.rows(block).tolist(), strict=True):
+    content, start, samples = blocks[block], 0, []
+    for length, row in zip(content["lengths"], blocks.rows(block).tolist(), strict=True):
         ids = content["input_ids"][start : start + length]
         labels = content["labels"][start : start + length] if "labels" in content else ids
         tokens = tokens_of(ids, labels, tokenizer)
-        columns = split.samples[row]
+        columns = blocks.table[row]
         ending, warnings = _judged(tokens, columns, "labels" in content)
         supervised = sum(token.supervised for token in tokens)
         numbers = (columns["length"], supervised, columns["turns"], columns["ended"])

@@ -14,10 +14,11 @@ from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora_core.attention import prepare_packed
 from qlora_core.data.collate import REAL_TOKENS, Collator
 from qlora_core.data.encode import Encoded
+from qlora_core.data.stream import StreamedBlocks
 from qlora_core.device import peak_memory_bytes
+from qlora_core.packed import prepare_packed
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
 from qlora_core.training.loss import causal_lm_loss, score
@@ -67,6 +68,8 @@ class QLoRATrainer(transformers.Trainer):
             with torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
                 prepare_packed(model)
         self._order = _order(encoded.train, args)
+        self._generators: dict[str, Any] | None = None  # to be restored after the next batch
+        self._stream_from = 0  # the step at which this process began to read a stream
         with _not_called_quantized(model):
             super().__init__(
                 model=model,
@@ -110,6 +113,8 @@ class QLoRATrainer(transformers.Trainer):
             logs["peak_memory_bytes"] = peak_memory_bytes(self.args.device)
             self._logged_tokens, self._logged_at, self._paused = tokens, now, 0.0
         super().log(logs, start_time)
+        if isinstance(self.train_dataset, StreamedBlocks):
+            logs.pop("epoch", None)  # a stream has none; the library's number is the share of the steps since resuming
         if self.is_world_process_zero() and ("loss" in logs or "eval_loss" in logs):
             self.run.append_metrics({"step": self.state.global_step, **logs})
 
@@ -169,6 +174,7 @@ class QLoRATrainer(transformers.Trainer):
                             "generators": generators,
                             "loss_since_log": self._tr_loss,
                             "step_of_last_log": self._globalstep_last_logged,
+                            "stream": self._stream_state(),
                         },
                         folder,
                         "state",
@@ -189,6 +195,17 @@ class QLoRATrainer(transformers.Trainer):
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._logged_tokens = self.state.num_input_tokens_seen
+        if state["stream"] is not None and isinstance(self.train_dataset, StreamedBlocks):
+            self.train_dataset.restore(state["stream"]["state"])
+            self._stream_from = state["stream"]["step"]
+
+    def _stream_state(self) -> dict[str, Any] | None:
+        """Return where a stream of training data has come to: after what was trained, whatever was read ahead."""
+        if not isinstance(self.train_dataset, StreamedBlocks):
+            return None
+        steps = self.state.global_step - self._stream_from
+        blocks = steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
+        return {"step": self.state.global_step, "state": self.train_dataset.state_after(blocks)}
 
     def _load_scaler(self, checkpoint_path: str | None) -> None:
         """Nothing: the scaler came with the optimizer."""
@@ -202,6 +219,16 @@ class QLoRATrainer(transformers.Trainer):
             checkpoint.restore_rng(state["generators"][self.args.process_index])
         self._tr_loss += state["loss_since_log"].to(self._tr_loss.device)
         self._globalstep_last_logged = state["step_of_last_log"]
+        if isinstance(self.train_dataset, StreamedBlocks):
+            self._generators = checkpoint.rng_state()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of a step; a resumed stream's loader, just made, has drawn a number that it must not have."""
+        batches = super().get_batch_samples(*args, **kwargs)
+        if self._generators is not None:
+            checkpoint.restore_rng(self._generators)
+            self._generators = None
+        return batches
 
 
 def _order(blocks: Any, args: transformers.TrainingArguments) -> EpochOrder | None:

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qlora_bitsandbytes import NF4
 from qlora_core import RunConfig, inject_adapter, load_model, load_tokenizer
+from qlora_core.data.blocks import Blocks
 from qlora_core.data.collate import Collator
 from qlora_core.data.encode import Encoded
 from qlora_core.demo_model import demo_model
@@ -59,7 +60,7 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-def trainer(kind: str, model: Any, tokenizer: Any, blocks: datasets.Dataset, steps: int, folder: Path, clock: Any) -> Any:
+def trainer(kind: str, model: Any, tokenizer: Any, blocks: Blocks, steps: int, folder: Path, clock: Any) -> Any:
     """Return our trainer or the plain one, with the same arguments."""
     settings = {"max_steps": steps, "logging_steps": 1, "save_steps": 10_000}
     parsed = RunConfig.parse({"model": "m", "dataset": "text", "output": str(folder / kind), "training": settings})
@@ -74,7 +75,7 @@ def trainer(kind: str, model: Any, tokenizer: Any, blocks: datasets.Dataset, ste
     return plain
 
 
-def step_seconds(kind: str, model: Any, tokenizer: Any, blocks: datasets.Dataset, steps: int) -> float:
+def step_seconds(kind: str, model: Any, tokenizer: Any, blocks: Blocks, steps: int) -> float:
     """Return the median seconds of a step of *kind*, the last one, with its checkpoint, left out."""
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
@@ -93,14 +94,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = tiny_model(Path(folder))
         tokenizer = load_tokenizer(str(path))
-        blocks = datasets.Dataset.from_dict({"input_ids": [list(range(8))] * 64})
+        blocks = Blocks(datasets.Dataset.from_dict({"input_ids": [list(range(8))] * 64}))
         model = inject_adapter(load_model(str(path), NF4()), LoRA(r=2))
         rounds = [
             {kind: step_seconds(kind, model, tokenizer, blocks, options.steps) for kind in ("ours", "plain")}
             for _ in range(options.rounds)
         ]
     real = inject_adapter(load_model(demo_model().path, NF4()), LoRA(r=16))
-    long = datasets.Dataset.from_dict({"input_ids": [list(range(512))] * 16})
+    long = Blocks(datasets.Dataset.from_dict({"input_ids": [list(range(512))] * 16}))
     step = step_seconds("plain", real, tokenizer, long, 8)
 
     extra = statistics.median(r["ours"] - r["plain"] for r in rounds)

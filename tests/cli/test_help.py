@@ -22,6 +22,7 @@ COMMANDS = [
     ["train"],
     ["generate"],
     ["eval"],
+    ["data"],
     ["demo"],
     ["doctor"],
     ["plugins", "list"],

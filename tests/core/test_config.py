@@ -57,7 +57,10 @@ def test_short_forms_equal_long_forms() -> None:
 def test_only_the_model_and_the_data_are_required() -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.parse({})
-    assert str(caught.value) == "model: required; the base model\ndataset: required; where examples come from; a list mixes several, each with a weight (1 by default)"
+    assert str(caught.value) == (
+        "model: required; the base model\n"
+        "dataset: required; where examples come from; a list mixes several, each with a weight (1 by default)"
+    )
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

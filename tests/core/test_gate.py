@@ -128,7 +128,8 @@ def test_training_rows_that_are_held_out_too_are_counted_and_left_out_only_on_de
 
 def test_a_template_that_never_ends_a_turn_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "endless.jinja"
-    path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    path.write_text(turns + "{% if add_generation_prompt %}assistant: {% endif %}")
     with pytest.raises(DataError) as caught:
         encode(chats(GOOD, answer("Other.")), tokenizer, data(template=str(path)))
     assert "2 supervised turns and the end of none is supervised: the template puts no special token" in str(caught.value)

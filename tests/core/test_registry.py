@@ -16,7 +16,7 @@ from qlora_core.hooks import ProviderHooks, hookspec
 from qlora_core.providers import CallbackFactory
 from qlora_core.registry import KINDS, Plugin, Registry, hook_name
 
-OURS = {"bitsandbytes", "console", "merged", "peft", "plain", "text", "torchao"}
+OURS = {"bitsandbytes", "console", "merged", "peft", "plain", "records", "text", "torchao"}
 Write = Callable[[str, str], str]
 Install = Callable[..., None]
 
@@ -123,7 +123,7 @@ def test_one_registry_knows_nothing_of_another(write_module: Write) -> None:
 
 
 def test_a_blocked_plugin_is_listed_and_its_providers_are_unknown() -> None:
-    registry = Registry(disable=["text"])
+    registry = Registry(disable=["text", "records"])
     assert plugin(registry, "text").status == "blocked"
     assert registry.provided("dataset") == []
     assert refusal(registry, "dataset", "text") == (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qlora_records.forms import PAIRS
 
 from qlora_core.data.findings import FINDINGS
+from qlora_records.forms import PAIRS
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "train-on-chats-and-instructions.md"
 

@@ -13,6 +13,7 @@ import transformers
 
 from qlora_bitsandbytes import FP4, NF4
 from qlora_core import evaluate, generate, inject_adapter, load_model
+from qlora_core.data.blocks import Blocks
 from qlora_core.data.collate import Collator
 from qlora_core.training.loss import causal_lm_loss
 from qlora_peft import LoRA
@@ -43,7 +44,7 @@ def test_evaluating_generating_and_saving_in_between_changes_no_bit(tiny_model: 
     import datasets
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    blocks = datasets.Dataset.from_dict({"input_ids": [list(range(10, 42))]})
+    blocks = Blocks(datasets.Dataset.from_dict({"input_ids": [list(range(10, 42))]}))
 
     def disturb(model: Any) -> None:
         evaluate(model, blocks)
@@ -66,7 +67,7 @@ def test_layers_of_odd_shapes_train_and_evaluate(make_model: Callable[..., Path]
 
     folder = make_model("llama", intermediate_size=intermediate)
     model = inject_adapter(load_model(str(folder), NF4()), LoRA(r=4))
-    blocks = datasets.Dataset.from_dict({"input_ids": [list(range(10, 42))]})
+    blocks = Blocks(datasets.Dataset.from_dict({"input_ids": [list(range(10, 42))]}))
     score = evaluate(model, blocks, mixed_precision="none")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in model.named_modules():

@@ -151,6 +151,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
     import datasets
 
     from qlora_core.config import RunConfig
+    from qlora_core.data.blocks import Blocks
     from qlora_core.data.encode import Encoded
     from qlora_core.run import Run
     from qlora_core.training.arguments import training_arguments
@@ -159,7 +160,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_accumulated(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, 380, (4, 32), generator=generator).tolist()
     labels = [[-100] * (32 - n) + row[32 - n :] for row, n in zip(ids, supervised, strict=True)]
-    blocks = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    blocks = Blocks(datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}))
 
     class Gradients(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_bitsandbytes import NF4, Int8
 from qlora_core import DataError, ModelError, evaluate, inject_adapter, load_model
-from qlora_core.attention import PER_DOCUMENT, attend_per_document, check_packing, guard, prepare_packed
+from qlora_core.attention import PER_DOCUMENT, attend_per_document
 from qlora_core.config import RunConfig
 from qlora_core.data.blocks import Blocks
 from qlora_core.data.collate import IGNORED, Collator
 from qlora_core.data.pack import pack
+from qlora_core.packed import check_packing, guard, prepare_packed
 from qlora_core.run import Run
 from qlora_core.training.arguments import training_arguments
 from qlora_core.training.loss import causal_lm_loss

@@ -73,7 +73,7 @@ def test_evaluation_while_training_equals_evaluate_afterwards(
     encoded = encode(TextFile(path=str(text_file)), finished.tokenizer, finished.run.config.data)
     score = evaluate(finished.model, encoded.eval)
     assert finished.metrics["eval_loss"] == pytest.approx(score.loss, rel=1e-6)
-    assert finished.metrics["eval_tokens"] == score.tokens == sum(len(ids) - 1 for ids in encoded.eval["input_ids"])
+    assert finished.metrics["eval_tokens"] == score.tokens == encoded.eval.supervised
 
 
 def test_same_seed_gives_the_same_bits(run: Callable[..., Finished], tmp_path: Path) -> None:
