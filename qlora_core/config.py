@@ -96,7 +96,8 @@ class DataConfig(Section):
         0.1,
         ge=0,
         lt=1,
-        description="share of the samples, from the end, held out for evaluation; unused with a separate file",
+        description="share of the samples held out for evaluation: the end of a text, rows spread over all of them; "
+        "unused with a separate file",
     )
     train_on: Literal["auto", "all", "completion", "assistant", "last_turn"] = Field(
         "auto",
@@ -125,6 +126,13 @@ class DataConfig(Section):
     )
     gate_rows: int = Field(10_000, ge=1, description="with streaming: rows that are checked before the model is loaded")
     buffer: int = Field(1_000, ge=1, description="with streaming: samples that are packed and shuffled together")
+
+    @field_validator("template")
+    @classmethod
+    def _absolute_file(cls, value: str | None) -> str | None:
+        """A file is found from the working directory; the resolved configuration must not depend on it."""
+        path = os.path.abspath(os.path.expanduser(value or ""))
+        return path if value and os.path.isfile(path) else value
 
 
 class TokensConfig(Section):

@@ -78,6 +78,9 @@ class Parts:
             problems.append(
                 Problem(("training", "max_steps"), "required with data.streaming: a stream has no end that is known")
             )
+        if config.data.streaming and config.data.deduplicate:
+            what = "a stream does not know what has passed; set it to false, or data.streaming=false"
+            problems.append(Problem(("data", "deduplicate"), what))
         if config.data.streaming and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             what = "a stream is read by one process; start without torchrun, or set it to false"
             problems.append(Problem(("data", "streaming"), what))

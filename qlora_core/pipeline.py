@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
+    from qlora_core.data.blocks import Blocks
     from qlora_core.data.encode import Encoded
 
 __all__ = ["Finished", "Interrupted", "Prepared", "execute", "export", "finetune", "prepare", "train"]
@@ -131,7 +132,7 @@ def execute(
         run.check_resumable()
     wanted = _wanted(config, parts, run)
     prepared = prepare(config, parts)
-    logger.info("%s", _data_line(prepared.encoded, config.data))
+    logger.info("%s", _data_line(prepared.encoded, config))
     check_evaluates(prepared.encoded, config, parts)
     model, kernels = _build(config, parts, prepared)
     check_space(run, model, config.training)
@@ -308,12 +309,24 @@ def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
     return path
 
 
-def _data_line(encoded: Encoded, data: DataConfig) -> str:
-    if not isinstance(encoded.train, Sized):
+def _data_line(encoded: Encoded, config: RunConfig) -> str:
+    data, training, train = config.data, config.training, encoded.train
+    if not isinstance(train, Sized):
         return f"data: a stream, of which {encoded.rows['train']:,} samples were checked, blocks of {data.sequence_length}"
     held_out = f"{len(encoded.eval):,} blocks ({encoded.eval_tokens:,} tokens)" if encoded.eval is not None else "none"
-    train = f"{len(encoded.train):,} blocks ({encoded.train_tokens:,} tokens)"
-    return f"data: {train} to train on, held out {held_out}, blocks of {data.sequence_length}"
+    if train.packed:
+        filled = f"{train.samples:,} samples packed into blocks of {data.sequence_length}, {_share(train, data):.1f} % full"
+    else:
+        from qlora_core.training.order import padding_share, training_order
+
+        order = training_order(train.lengths, training.seed, 0, training.batch_size)
+        waste = padding_share(train.lengths, training.batch_size, data.pad_to_multiple_of, order)
+        filled = f"one sample per block, {100 * waste:.1f} % of the positions in a batch are padding"
+    return f"data: {len(train):,} blocks ({train.tokens:,} tokens) to train on, held out {held_out}; {filled}"
+
+
+def _share(blocks: Blocks, data: DataConfig) -> float:
+    return 100 * blocks.tokens / (len(blocks) * data.sequence_length)
 
 
 def _report(size: Footprint, coverage: Coverage, parts: Parts) -> None:

@@ -14,7 +14,7 @@ from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
 from qlora_core.providers import Adapter, ProviderOptions
-from qlora_peft.methods import NEVER, UNMERGEABLE, why_not
+from qlora_peft.methods import NEVER, PROMPTS, UNMERGEABLE, why_not
 
 if TYPE_CHECKING:
     import torch
@@ -154,6 +154,9 @@ class AnyPEFT(Adapter):
             raise ConfigError([Problem(("method",), f"{method} can't be trained here: {NEVER[method]}")])
         what = why_not(method, parts.quantizer.name) if parts.quantizer.quantizes else ""
         if what:
+            raise ConfigError([Problem(("method",), what)])
+        if method in PROMPTS and config.data.packing:
+            what = f"{method} puts a prompt before a block, which packed samples would share; set data.packing=false"
             raise ConfigError([Problem(("method",), what)])
         if fields.get("use_dora") and parts.quantizer.name == "int8":
             what = "PEFT loses the scales of int8 layers on the CPU when DoRA dequantises them; use nf4, or use_dora: false"

@@ -48,6 +48,9 @@ UNMERGEABLE = frozenset({"adaption_prompt", "beft", "cartridge", "lily", "p_tuni
 LENGTHENS = frozenset({"p_tuning", "prompt_tuning"})
 """Methods that put virtual tokens before the text, which get logits too."""
 
+PROMPTS = frozenset({*LENGTHENS, "prefix_tuning"})
+"""Methods that put a prompt before a row, which packed samples would share."""
+
 PLAIN_INIT = (True, False, "gaussian")
 """The values of init_lora_weights that leave the base weights alone."""
 

@@ -10,7 +10,7 @@ import typer
 from qlora_core.cli.generate import open_run
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, say_on_stderr, stdout
 from qlora_core.cli.train import source_of
-from qlora_core.config import ProviderConfig
+from qlora_core.config import ProviderConfig, RunConfig
 from qlora_core.errors import DataError
 from qlora_core.parts import build
 
@@ -35,8 +35,8 @@ def evaluate(
       qlora eval runs/corpus --data held-out.txt
     """
     say_on_stderr(quiet=quiet, verbose=verbose)
-    chosen = ProviderConfig(**source_of(data))
     saved, registry = open_run(source, modules, disable)
+    chosen = _as_trained(ProviderConfig(**source_of(data)), saved.run.config)
     _, rows_or_text = build(registry, "dataset", chosen, "--data")
     run, model, tokenizer = saved.run, saved.load_base(), saved.load_tokenizer()
     from qlora_core.data.encode import encode_split
@@ -63,3 +63,12 @@ def evaluate(
     for name, result in rows.items():
         table.add_row(name, f"{result.perplexity:.3f}", f"{result.loss:.4f}", f"{result.tokens:,}")
     stdout().print(table)
+
+
+def _as_trained(chosen: ProviderConfig, config: RunConfig) -> ProviderConfig:
+    """Return *chosen* with the options of the run's own dataset of that name: its columns, its encoding, its separator."""
+    for source in config.sources:
+        if source.name.rpartition(":")[2] == chosen.name:
+            options = {**source.provider_options, "eval_path": None, **chosen.provider_options}
+            return ProviderConfig(name=chosen.name, **options)
+    return chosen

@@ -48,6 +48,8 @@ class Encoded:
     """What the gate found, by split."""
     rows: dict[str, int] = field(default_factory=dict)
     """Samples before any was left out, by split; without a separate "eval" split they count as "train"."""
+    left_out: int = 0
+    """Samples of these that the gate, or deduplication, took away."""
     encoders: tuple[Encoder, ...] = ()
     """What made the training samples of each source."""
     checked: datasets.Dataset | None = None
@@ -73,7 +75,8 @@ def encode(
 ) -> Encoded:
     """Return the blocks that *sources*, one or several with weights, give; raise DataError for what the gate refuses.
 
-    Without a separate evaluation split the last `eval_fraction` of each source's samples is held out, at least one.
+    Without a separate evaluation split `eval_fraction` of each source's samples are held out, at least one: the end of a text,
+    and of rows some that are spread evenly over all, since files are often sorted.
     *seed* shuffles a stream; blocks that are stored are shuffled in training.
     """
     mix = _mix(sources)
@@ -86,23 +89,26 @@ def encode(
     chosen: dict[SplitName, list[tuple[datasets.Dataset, np.ndarray]]] = {"train": [], "eval": []}
     found: dict[str, gate.Findings] = {}
     rows: dict[str, int] = {}
+    used = 0
     for (source, weight), first, second in zip(mix, train, evaluation, strict=True):
         if first is None:
             raise DataError(f"dataset: {source.name!r} gives no examples to train on")
         ours = _judged(first, labelled, found, rows)
         theirs = _judged(second, labelled, found, rows) if second is not None else None
         if theirs is None and data.eval_fraction > 0:
-            ours, theirs = _held_out(ours, data, source)
+            ours, theirs = _held_out(ours, first, data)
         if theirs is not None:
             ours = _apart(ours, theirs, data, found)
             chosen["eval"].append(theirs)
+            used += len(theirs[1])
+        used += len(ours[1])
         chosen["train"].append((ours[0], _weighted(ours[1], weight)))
     for split, findings in found.items():
         gate.tell(findings, split, data)
     blocks = {split: _blocks(parts, data) for split, parts in chosen.items() if parts}
     digest = _fingerprint(chosen.values())
     made = tuple(read.encoder for read in train if read is not None)
-    return Encoded(blocks["train"], blocks.get("eval"), digest, encoders.template, found, rows, made)
+    return Encoded(blocks["train"], blocks.get("eval"), digest, encoders.template, found, rows, sum(rows.values()) - used, made)
 
 
 def encode_split(
@@ -207,35 +213,43 @@ def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encode
         streams.append(Stream(source, encoders.make(list(first[0]), source.name), weight))
     encoded = [*(stream.encoder for stream in streams), *(read.encoder for read in evaluation)]
     labelled = any(encoder.labels for encoder in encoded)
-    digest, checked = hashlib.sha256(), []
+    digest, checked, used = hashlib.sha256(), [], 0
     for stream in streams:
         samples, part = first_rows(stream, data.gate_rows, labelled=labelled)
-        found["train"].merge(gate.check(samples, "train", stream.source.name, data)[0])
+        findings, kept = gate.check(samples, "train", stream.source.name, data)
+        found["train"].merge(findings)
+        used += len(kept)
         rows["train"] += len(samples)
         digest.update(part.encode())
         checked.append(samples)
     judged = [_judged(read, labelled, found, rows) for read in evaluation]
+    left_out = sum(rows.values()) - used - sum(len(kept) for _, kept in judged)
     for split, findings in found.items():
         gate.tell(findings, split, data)
     blocks = StreamedBlocks(streams, data, labelled=labelled, seed=seed)
     held_out = _blocks(judged, data) if judged else None
     made = tuple(stream.encoder for stream in streams)
     seen = datasets.concatenate_datasets(checked)
-    return Encoded(blocks, held_out, digest.hexdigest(), encoders.template, found, rows, made, seen)
+    return Encoded(blocks, held_out, digest.hexdigest(), encoders.template, found, rows, left_out, made, seen)
 
 
 def _held_out(
-    chosen: tuple[datasets.Dataset, np.ndarray], data: DataConfig, source: DatasetSource
+    chosen: tuple[datasets.Dataset, np.ndarray], read: _Read, data: DataConfig
 ) -> tuple[tuple[datasets.Dataset, np.ndarray], tuple[datasets.Dataset, np.ndarray]]:
     samples, kept = chosen
     count = max(1, round(len(kept) * data.eval_fraction))
     if count >= len(kept):
         raise DataError(
-            f"data.eval_fraction: {source.name!r} gives {len(kept)} sample{'s' if len(kept) > 1 else ''} of at most "
+            f"data.eval_fraction: {read.source.name!r} gives {len(kept)} sample{'s' if len(kept) > 1 else ''} of at most "
             f"{data.sequence_length} tokens, too few to hold any out; set data.eval_fraction=0, a smaller "
             "data.sequence_length, or add data"
         )
-    return (samples, kept[:-count]), (samples, kept[-count:])
+    out = np.zeros(len(kept), bool)
+    if read.encoder.continuous:
+        out[-count:] = True
+    else:
+        out[((np.arange(count) + 0.5) * len(kept) / count).astype(np.int64)] = True
+    return (samples, kept[~out]), (samples, kept[out])
 
 
 def _apart(

@@ -32,6 +32,9 @@ class Encoder:
     labels: bool = True
     """Whether some tokens are not supervised."""
 
+    continuous: ClassVar[bool] = False
+    """Whether neighbouring samples are pieces of one text."""
+
     state: Any = None
     """What is held of a row that is not complete yet, JSON-ready."""
 
@@ -79,6 +82,7 @@ class TextEncoder(Encoder):
 
     rows = 64  # pieces of a file, of 64 Ki characters each
     labels = False
+    continuous = True
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig) -> None:
         super().__init__(tokenizer, data)
@@ -205,7 +209,8 @@ class ChatEncoder(Encoder):
     def _sample(self, made: Any, texts: Iterable[str]) -> Sample:
         if isinstance(made, BadRow):
             return Sample(np.empty(0, np.int32), np.empty(0, np.int32), problems=[f"{made.code}: {made.detail}"])
-        sample = Sample(made.input_ids, made.labels, turns=made.turns, ended=made.ended)
+        turns, ended = (0, 0) if self.train_on == "all" else (made.turns, made.ended)  # where all is, every end is supervised
+        sample = Sample(made.input_ids, made.labels, turns=turns, ended=ended)
         if made.merged:
             sample.note("merged", f"{made.merged} token{'s' if made.merged > 1 else ''}")
         found = typed_specials(self.tokenizer, texts)

@@ -154,7 +154,8 @@ def _check_ends(samples: datasets.Dataset, rows: np.ndarray, source: str, data: 
         return
     what = (
         f"dataset: {source!r} has {turns:,} supervised turns and the end of none is supervised: the template puts no special "
-        "token after an answer, or each is cut off; choose another data.template, or raise data.sequence_length"
+        "token after an answer, or each is cut off; choose another data.template, add its end of turn with tokens.add, or "
+        "raise data.sequence_length"
     )
     if data.on_problem == "error":
         raise DataError(what)

@@ -105,7 +105,7 @@ class Inspection:
     read: dict[str, int]
     """Samples before any was left out; those held out count as "train" where there is no evaluation data of its own."""
     left_out: int
-    """Samples that stand in no block: problems, repetitions, and what a weight below 1 takes away."""
+    """Samples that the gate, or deduplication, took away."""
     template: str | None
     end_of_turn: str | None
     spelt_out: list[str]
@@ -132,7 +132,7 @@ def inspect(config: RunConfig, sources: Sequence[Weighted], prepared: Prepared, 
         packing=config.data.packing,
         streaming=config.data.streaming,
         read=dict(encoded.rows),
-        left_out=_left_out(encoded, splits),
+        left_out=encoded.left_out,
         template=template.name if template is not None else None,
         end_of_turn=tokenizer.convert_ids_to_tokens(end) if end is not None else None,
         spelt_out=template.missing_tokens(tokenizer) if template is not None else [],
@@ -220,12 +220,6 @@ def _findings(encoded: Encoded) -> list[Found]:
         for split, found in encoded.findings.items()
         for code, one in sorted(found.items(), key=lambda item: (not item[1].error, -item[1].count))
     ]
-
-
-def _left_out(encoded: Encoded, splits: dict[str, Blocks]) -> int:
-    """Return how many of the samples that were read stand in no block."""
-    used = [len(np.unique(blocks.rows())) for blocks in splits.values()]
-    return sum(encoded.rows.values()) - sum(used)
 
 
 def _packed(samples: datasets.Dataset, data: DataConfig) -> Blocks:

@@ -183,14 +183,16 @@ def test_a_folder_without_texts(refuse: Refuse, write_config: Callable[..., Path
 def test_an_empty_text(refuse: Refuse, write_config: Callable[..., Path], here: Path, content: str) -> None:
     (here / "empty.txt").write_text(content, encoding="utf-8")
     message = refuse("train", write_config(dataset={"path": str(here / "empty.txt")}))
-    assert message == "dataset: 'text' gives no tokens; the data is empty"
+    assert message == "dataset: 'text' gives no tokens in the train data; it is empty"
 
 
 def test_a_text_shorter_than_a_block(refuse: Refuse, write_config: Callable[..., Path], here: Path) -> None:
     (here / "short.txt").write_text("few")
     message = refuse("train", write_config(dataset={"path": str(here / "short.txt")}))
-    assert message.startswith("dataset: 'text' gives ")
-    assert " tokens, fewer than one block of 32; add text, or set data.sequence_length to at most " in message
+    assert message == (
+        "data.eval_fraction: 'text' gives 1 sample of at most 32 tokens, too few to hold any out; set data.eval_fraction=0, "
+        "a smaller data.sequence_length, or add data"
+    )
 
 
 def test_a_text_in_another_encoding(refuse: Refuse, write_config: Callable[..., Path], here: Path) -> None:
@@ -361,7 +363,9 @@ def test_scoring_what_is_no_run_or_no_text(
     assert qlora("train", write_config(training={"max_steps": 1}), "-q").code == 0
     assert "no file" in refuse("eval", here / "out", "--data", "none.txt")
     (here / "empty.txt").write_text("")
-    assert refuse("eval", here / "out", "--data", "empty.txt") == "dataset: 'text' gives no tokens; the data is empty"
+    assert (
+        refuse("eval", here / "out", "--data", "empty.txt") == "dataset: 'text' gives no tokens in the train data; it is empty"
+    )
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,13 @@ def test_the_held_out_share_comes_from_the_end(tokenizer: Any, text: str) -> Non
     assert encoded.eval_tokens == sum(map(len, every[-held_out:]))
 
 
+def test_of_rows_some_that_are_spread_over_all_are_held_out(tokenizer: Any) -> None:
+    rows = {"input_ids": [[5, 6, number] for number in range(100)]}
+    encoded = encode(Rows.of(rows), tokenizer, data(eval_fraction=0.05, packing=False))
+    assert [row[2] for row in ids(encoded.eval)] == [10, 30, 50, 70, 90]
+    assert len(encoded.train) == 95
+
+
 def test_at_least_one_sample_is_held_out(tokenizer: Any, text: str) -> None:
     encoded = encode(Rows.of({"text": [text[:400]]}), tokenizer, data(eval_fraction=0.001))
     assert len(ids(encoded.eval)) == 1

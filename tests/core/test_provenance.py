@@ -114,12 +114,12 @@ def test_the_record_names_providers_packages_model_data_and_machine(tmp_path: Pa
     model = ModelConfig(path=str(folder), revision="v1")
     record = provenance(parts, model, kernels=parts.kernels[0], data_fingerprint="abc", commit=None)
     assert json.loads(json.dumps(record)) == record
-    assert {kind: p["provider"] for kind, p in record["providers"].items() if kind not in ("callbacks", "exports")} == {
+    assert {kind: p["provider"] for kind, p in record["providers"].items() if isinstance(p, dict)} == {
         "quantizer": "bitsandbytes:nf4",
         "adapter": "peft:lora",
-        "dataset": "text:text",
         "kernels": "plain:reference",
     }
+    assert [source["provider"] for source in record["providers"]["datasets"]] == ["text:text"]
     assert [callback["provider"] for callback in record["providers"]["callbacks"]] == ["console:progress"]
     assert record["packages"]["torch"] == version("torch")
     assert record["model"] == {

@@ -127,7 +127,7 @@ def test_a_blocked_plugin_is_listed_and_its_providers_are_unknown() -> None:
     assert plugin(registry, "text").status == "blocked"
     assert registry.provided("dataset") == []
     assert refusal(registry, "dataset", "text") == (
-        "unknown dataset 'text'; no plugin provides a dataset; plugin 'text' is disabled"
+        "unknown dataset 'text'; no plugin provides a dataset; plugin 'records' is disabled; plugin 'text' is disabled"
     )
 
 
@@ -138,7 +138,7 @@ def test_a_blocked_plugin_is_never_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (
-        "['qlora_bitsandbytes', 'qlora_console', 'qlora_core', 'qlora_merged', 'qlora_plain', 'qlora_torchao']"
+        "['qlora_bitsandbytes', 'qlora_console', 'qlora_core', 'qlora_merged', 'qlora_plain', 'qlora_records', 'qlora_torchao']"
     )
 
 

@@ -105,8 +105,17 @@ def problem_of(adapter: AnyPEFT) -> tuple[tuple[str | int, ...], str]:
     return problem.where, problem.what
 
 
-def run_config() -> RunConfig:
-    return RunConfig.parse({"model": "x", "dataset": {"name": "text_file", "path": "x"}, "output": "x"})
+def run_config(packing: bool = False) -> RunConfig:
+    data = {"packing": packing}
+    return RunConfig.parse({"model": "x", "dataset": {"name": "text_file", "path": "x"}, "data": data, "output": "x"})
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_prompt_before_a_block_is_refused_where_samples_are_packed(method: str) -> None:
+    adapter = AnyPEFT(method=method, config={"num_virtual_tokens": 4})
+    adapter.check(run_config(packing=False), Parts(NF4(), adapter, ()))
+    with pytest.raises(ConfigError, match="puts a prompt before a block, which packed samples would share"):
+        adapter.check(run_config(packing=True), Parts(NF4(), adapter, ()))
 
 
 def refusal(adapter: AnyPEFT, quantizer: Quantizer) -> tuple[tuple[str | int, ...], str] | None:
@@ -304,7 +313,7 @@ def test_a_run_trains_a_method_and_peft_itself_loads_it(method: str, tiny_model:
         adapter=adapter_of(method),
         dataset=TextFile(path=str(text_file)),
         output=tmp_path / "run",
-        data={"sequence_length": 32},
+        data={"sequence_length": 32, "packing": method != "prompt_tuning"},
         training={"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1},
     )
     trained = logits(finished.model)
