@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_core.calls import answered, calling, watched
 from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
 from qlora_core.errors import ConfigError, Problem, RunError
-from qlora_core.footprint import Coverage, Footprint, LinearWeights
+from qlora_core.footprint import Footprint, LinearWeights
 from qlora_core.kernels import apply_kernels
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
@@ -20,6 +20,7 @@ from qlora_core.parts import Parts, Weighted, described
 from qlora_core.preflight import check_evaluates, check_positions, check_space, check_vocabulary
 from qlora_core.provenance import plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
+from qlora_core.report import data_line, report_model
 from qlora_core.run import Run
 from qlora_core.saved import SavedRun
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     import transformers
 
-    from qlora_core.data.blocks import Blocks
     from qlora_core.data.encode import Encoded
 
 __all__ = ["Finished", "Interrupted", "Prepared", "execute", "export", "finetune", "prepare", "train"]
@@ -132,7 +132,7 @@ def execute(
         run.check_resumable()
     wanted = _wanted(config, parts, run)
     prepared = prepare(config, parts)
-    logger.info("%s", _data_line(prepared.encoded, config))
+    logger.info("%s", data_line(prepared.encoded, config))
     check_evaluates(prepared.encoded, config, parts)
     model, kernels = _build(config, parts, prepared)
     check_space(run, model, config.training)
@@ -233,7 +233,7 @@ def _build(config: RunConfig, parts: Parts, prepared: Prepared) -> tuple[torch.n
     linears, size = LinearWeights(base, parts.quantizer), Footprint.of(base, parts.quantizer)
     model = inject_adapter(base, parts.adapter, new_token_ids=prepared.new_token_ids)
     kernels = apply_kernels(model, config, parts)
-    _report(size, linears.covered_by(model), parts)
+    report_model(size, linears.covered_by(model), parts)
     return model, kernels
 
 
@@ -307,42 +307,3 @@ def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
         known = ", ".join(checkpoint.name for checkpoint in run.checkpoints()) or "none"
         raise RunError(f"{resume} is no checkpoint; {run.folder} has {known}")
     return path
-
-
-def _data_line(encoded: Encoded, config: RunConfig) -> str:
-    data, training, train = config.data, config.training, encoded.train
-    if not isinstance(train, Sized):
-        return f"data: a stream, of which {encoded.rows['train']:,} samples were checked, blocks of {data.sequence_length}"
-    held_out = f"{len(encoded.eval):,} blocks ({encoded.eval_tokens:,} tokens)" if encoded.eval is not None else "none"
-    if train.packed:
-        filled = f"{train.samples:,} samples packed into blocks of {data.sequence_length}, {_share(train, data):.1f} % full"
-    else:
-        from qlora_core.training.order import padding_share, training_order
-
-        order = training_order(train.lengths, training.seed, 0, training.batch_size)
-        waste = padding_share(train.lengths, training.batch_size, data.pad_to_multiple_of, order)
-        filled = f"one sample per block, {100 * waste:.1f} % of the positions in a batch are padding"
-    return f"data: {len(train):,} blocks ({train.tokens:,} tokens) to train on, held out {held_out}; {filled}"
-
-
-def _share(blocks: Blocks, data: DataConfig) -> float:
-    return 100 * blocks.tokens / (len(blocks) * data.sequence_length)
-
-
-def _report(size: Footprint, coverage: Coverage, parts: Parts) -> None:
-    """Say what is quantised and adapted, and warn where that is less than people expect."""
-    stored = f"{size.bytes / 1e6:,.1f} MB, {size.bits_per_parameter:.2f} bits per parameter"
-    logger.info("model: %s parameters in %s", f"{size.parameters:,}", stored)
-    if parts.quantizer.quantizes:
-        bits = f"{size.quantized_bits:.2f} bits each, constants included"
-        logger.info("%s stores %.1f %% of the parameters in %s", parts.quantizer.name, 100 * size.quantized_share, bits)
-        if size.quantized_share < 0.8:
-            logger.warning("not quantised: %s", _named_sizes(size.left_out, size.parameters))
-    logger.info("%s adapts %.1f %% of the linear weights", parts.adapter.name, 100 * coverage.share)
-    if coverage.share < 0.8:
-        logger.warning("without an adapter: %s", _named_sizes(coverage.left_out, coverage.weights))
-
-
-def _named_sizes(left_out: Sequence[tuple[str, int]], total: int) -> str:
-    shown = ", ".join(f"{name} ({100 * size / total:.1f} %)" for name, size in left_out[:5])
-    return shown + (f", and {len(left_out) - 5} more" if len(left_out) > 5 else "")

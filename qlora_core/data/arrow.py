@@ -17,7 +17,7 @@ from qlora_core.errors import DataError
 __all__ = ["cached_batches", "cached_dataset"]
 
 FORMAT = 2  # raise it when the same key would give other rows than before
-ROWS = 1_000  # rows per record batch
+ROWS = 128  # rows per record batch: a row may be a piece of text of 64 Ki characters
 
 
 def cached_dataset(

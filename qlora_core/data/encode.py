@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import transformers
 
     from qlora_core.data.blocks import Blocks
-    from qlora_core.data.encoders import Encoder
+    from qlora_core.data.encoder import Encoder
     from qlora_core.data.stream import StreamedBlocks
     from qlora_core.data.template import ChatTemplate
     from qlora_core.providers import DatasetSource

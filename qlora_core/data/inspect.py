@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
 
     from qlora_core.data.encode import Encoded
-    from qlora_core.data.encoders import Encoder
+    from qlora_core.data.encoder import Encoder
     from qlora_core.parts import Weighted
     from qlora_core.pipeline import Prepared
 
@@ -205,7 +205,8 @@ def histogram(lengths: Ints, limit: int) -> list[Bin]:
 
 
 def _supervision(source: str, encoder: Encoder) -> Supervision:
-    from qlora_core.data.encoders import ChatEncoder, TextEncoder
+    from qlora_core.data.encoders import ChatEncoder
+    from qlora_core.data.text import TextEncoder
 
     if isinstance(encoder, ChatEncoder):
         return Supervision(source, "prompts" if encoder.train_on == "completion" else "chats", encoder.train_on)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import datasets
     import transformers
 
-    from qlora_core.data.encoders import Encoder
+    from qlora_core.data.encoder import Encoder
 
 __all__ = ["Sample", "samples_of", "table_of"]
 

@@ -20,7 +20,7 @@ import torch
 from qlora_core.calls import calling
 from qlora_core.config import DataConfig
 from qlora_core.data import gate
-from qlora_core.data.encoders import Encoder
+from qlora_core.data.encoder import Encoder
 from qlora_core.data.findings import FINDINGS
 from qlora_core.data.pack import pack
 from qlora_core.data.samples import Sample, table_of
