@@ -120,7 +120,12 @@ class DataConfig(Section):
     deduplicate: bool = Field(
         False, description="leave out rows that repeat an earlier one, and training rows that are also held out"
     )
-    pad_to_multiple_of: int = Field(8, ge=1, description="batches are padded to a multiple of so many tokens")
+    pad_to_multiple_of: int = Field(
+        32,
+        ge=1,
+        description="batches are padded to a multiple of so many tokens; a CPU compiles bfloat16 kernels for each length and "
+        "keeps them, so fewer lengths take less memory",
+    )
     streaming: bool = Field(
         False, description="read while training and store nothing; needs training.max_steps, and eval_fraction: 0"
     )

@@ -26,18 +26,22 @@ class Collator:
 
     The first token of a sample has no label: nothing predicts it. *pad_token_id* may be any id, EOS too, since padding is
     neither supervised nor attended to by what is before it. *count* adds `real_tokens` (B,) int64, the tokens of each row
-    that are no padding, which no model takes: whoever asks for it takes it out.
+    that are no padding, which no model takes: whoever asks for it takes it out. No row is padded beyond *longest* tokens,
+    since a model may have no more positions.
     """
 
     pad_token_id: int = 0
     pad_to_multiple_of: int = 1
     packed: bool = False
     count: bool = False
+    longest: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of *rows*: each has `input_ids`, and may have `labels` and the `lengths` of its samples."""
         sizes = [len(row["input_ids"]) for row in rows]
         width = -(-max(sizes) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        if self.longest is not None:
+            width = max(max(sizes), min(width, self.longest))
         documents = [[int(length) for length in row.get("lengths", [size])] for row, size in zip(rows, sizes, strict=True)]
         input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
         labels = torch.full((len(rows), width), IGNORED, dtype=torch.int64)

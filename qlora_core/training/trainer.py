@@ -61,6 +61,7 @@ class QLoRATrainer(transformers.Trainer):
         callbacks: list[transformers.TrainerCallback],
     ) -> None:
         self.run = run
+        data = run.config.data
         blocks = [blocks for blocks in (encoded.train, encoded.eval) if blocks is not None]
         packed = any(split.packed for split in blocks)
         if packed:
@@ -75,7 +76,11 @@ class QLoRATrainer(transformers.Trainer):
                 model=model,
                 args=args,
                 data_collator=Collator(
-                    tokenizer.pad_token_id or 0, run.config.data.pad_to_multiple_of, packed=packed, count=True
+                    tokenizer.pad_token_id or 0,
+                    data.pad_to_multiple_of,
+                    packed=packed,
+                    count=True,
+                    longest=data.sequence_length,
                 ),
                 train_dataset=encoded.train,
                 eval_dataset=encoded.eval,

@@ -121,9 +121,8 @@ def main() -> None:
         seconds = statistics.median(run[kind]["seconds"] for run in runs)
         largest, resident = (max(run[kind][name] for run in runs) / 1e9 for name in ("peak", "resident"))
         tokens = runs[0][kind]["tokens"]
-        print(
-            f"{kind}: {size / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s, peak {largest:.2f} GB ({resident:.2f} GB resident)"
-        )
+        rate = f"{size / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s"
+        print(f"{kind}: {rate}, peak {largest:.2f} GB ({resident:.2f} GB resident)")
     ratios = [run["bare"]["seconds"] / run["ours"]["seconds"] for run in runs]
     print(f"ours / bare, rate: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), {size:.0f} MB")
     if arguments.json:

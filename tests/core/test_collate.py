@@ -91,3 +91,10 @@ def test_accelerate_takes_a_batch_with_a_bool_in_it() -> None:
     assert find_batch_size(batch) == find_batch_size_too(batch) == 2
     loader = torch.utils.data.DataLoader([{"input_ids": [5, 6]}] * 2, collate_fn=Collator(packed=True), num_workers=1)
     assert [loaded["use_cache"] for loaded in loader] == [False, False]
+
+
+def test_no_row_is_padded_beyond_the_longest_that_a_model_may_take() -> None:
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": list(range(9))}]
+    assert Collator(0, 8)(rows)["input_ids"].shape == (2, 16)
+    assert Collator(0, 8, longest=10)(rows)["input_ids"].shape == (2, 10)
+    assert Collator(0, 8, longest=5)(rows)["input_ids"].shape == (2, 9)
