@@ -1,4 +1,4 @@
-"""Score a model on a text: perplexity over every token, the base and the adapted model side by side."""
+"""Score a model on a text: perplexity over the supervised tokens, the base and the adapted model side by side."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ def finetune(
             "quantizer": _named(quantizer),
             "adapter": _named(adapter),
             "dataset": [_named(source) | {"weight": weight} for source, weight in mix]
-            if len(mix) > 1
+            if len(mix) > 1 or mix[0].weight != 1
             else _named(mix[0].source),
             "kernels": _named(kernels) if kernels is not None else "reference",
             "callbacks": [_named(factory) for factory in factories],
@@ -132,6 +133,8 @@ def execute(
         run.check_resumable()
     wanted = _wanted(config, parts, run)
     prepared = prepare(config, parts)
+    if start is not None:
+        run.check_data(prepared.encoded.fingerprint)
     logger.info("%s", data_line(prepared.encoded, config))
     check_evaluates(prepared.encoded, config, parts)
     model, kernels = _build(config, parts, prepared)
@@ -195,11 +198,15 @@ def prepare(config: RunConfig, parts: Parts) -> Prepared:
     """Return tokenizer, skeleton and encoded data of *config*; refuse what does not fit together. Loads no weights."""
     import_libraries()
     from qlora_core.data.encode import encode
-    from qlora_core.data.template import CONTROL_TOKENS
+    from qlora_core.data.template import ChatTemplate
 
     parts.check_libraries()
     tokenizer = load_tokenizer(config.model)
-    new_token_ids = add_tokens(tokenizer, config.tokens.add, special=CONTROL_TOKENS.get(config.data.template or "", ()))
+    template = None
+    with contextlib.suppress(ConfigError):  # `encode` says what is wrong with it, if the data need one
+        template = ChatTemplate.choose(tokenizer, config.data.template) if config.tokens.add else None
+    special = [token for token in config.tokens.add if template is not None and template.controls(token)]
+    new_token_ids = add_tokens(tokenizer, config.tokens.add, special=special)
     skeleton = build_skeleton(config.model)
     check_vocabulary(tokenizer, skeleton, new_token_ids)
     check_positions(skeleton, config.data)

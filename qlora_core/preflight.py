@@ -30,7 +30,7 @@ def check_vocabulary(
 ) -> None:
     """Raise ModelError for a tokenizer that has more tokens than the model has embeddings, the new ones aside."""
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    size = len(tokenizer) - len(new_token_ids)
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0)) - len(new_token_ids)  # ids may have gaps
     if size > rows:
         raise ModelError(
             f"model.path: the tokenizer has {size} tokens and the model only {rows} embeddings; use the model's own tokenizer"

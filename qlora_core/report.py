@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ def data_line(encoded: Encoded, config: RunConfig) -> str:
     else:
         from qlora_core.training.order import padding_share, training_order
 
-        order = training_order(train.lengths, training.seed, 0, training.batch_size)
+        together = training.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        order = training_order(train.lengths, training.seed, 0, together)
         waste = padding_share(train.lengths, training.batch_size, data.pad_to_multiple_of, order)
         filled = f"one sample per block, {100 * waste:.1f} % of the positions in a batch are padding"
     return f"data: {len(train):,} blocks ({train.tokens:,} tokens) to train on, held out {held_out}; {filled}"

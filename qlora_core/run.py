@@ -127,11 +127,24 @@ class Run:
         """Raise RunError where the configuration asks for another model or other data than the run began with."""
         stored = RunConfig.read(self.folder / "config.yaml")
         for section in ("model", "quantizer", "adapter", "tokens", "dataset", "data"):
-            if getattr(stored, section) != getattr(self.config, section):
+            before, now = (getattr(config, section) for config in (stored, self.config))
+            if section == "data":  # what becomes of rows that are wrong may change: a stream may have stopped at one
+                before = before.model_copy(update={"on_problem": now.on_problem})
+            if before != now:
                 raise RunError(
                     f"{section}: the run in {self.folder} began with another {section}; resume it with its own config.yaml, "
                     "or start anew in another folder"
                 )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Raise RunError where the data are not those that the run began with, by their *fingerprint*."""
+        record = self.folder / "provenance.json"
+        began = json.loads(record.read_text(encoding="utf-8")).get("data", {}) if record.is_file() else {}
+        if began.get("fingerprint", fingerprint) != fingerprint:
+            raise RunError(
+                f"dataset: the data are not those that the run in {self.folder} began with; bring those back to resume it, or "
+                "start anew in another folder"
+            )
 
     def go_back(self, step: int) -> None:
         """Drop what came after *step*, metrics and checkpoints: a resumed run writes them again."""

@@ -70,6 +70,9 @@ def _problem(model: type[BaseModel], error: Any, owner: str) -> Problem:
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         return Problem(where, f"must be {words} {context[key]} (got {value!r}){hint}")
+    if kind == "too_short":
+        least = context["min_length"]
+        return Problem(where, f"must have at least {least} item{'s' if least > 1 else ''} (got {value!r}){hint}")
     if kind in ("literal_error", "enum"):
         choices = re.findall(r"'([^']*)'", context["expected"])
         return Problem(where, f"must be {context['expected']} (got {value!r}){did_you_mean(str(value), choices)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from qlora_core.config import RunConfig
-from qlora_core.data.files import COMPRESSED, AnyPaths, absolute, files_in, plain_suffix
+from qlora_core.data.files import ROWS, TEXTS, AnyPaths, absolute, files_in, is_hub_name, plain_suffix
 from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
     from qlora_records.rows import Files, Hub
 
-LINES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # these may be compressed, too
-SUFFIXES = (*LINES, ".parquet", ".arrow")
+PACKED = (".parquet", ".arrow")  # compressed inside
+LINES = tuple(suffix for suffix in ROWS if suffix not in PACKED)  # these may be compressed, too
 DESCRIPTIONS = ("dataset_info.json", "dataset_dict.json", "state.json")  # that `save_to_disk` puts beside the data
 
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -38,15 +37,6 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 COLUMNS = ("text", "prompt", "completion", "input", "system", "messages", "tools")
 """The options that name a column."""
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-def is_hub_name(path: Any) -> bool:
-    """Return whether *path* is no file or folder here and looks like the name of a dataset on the hub: owner/name."""
-    if not isinstance(path, str) or not HUB_NAME.fullmatch(path) or os.path.exists(path):
-        return False
-    return plain_suffix(path) not in SUFFIXES and os.path.splitext(path)[1].lower() not in COMPRESSED
 
 
 def _located(path: Any) -> Any:
@@ -189,19 +179,19 @@ class Records(DatasetSource):
             wanted = options.split if split == "train" else options.eval_split or options.split
             return Hub(path, options.subset, wanted, revision)
         assert path is not None
-        files = files_in(option, path, SUFFIXES, DESCRIPTIONS)
+        files = files_in(option, path, ROWS, DESCRIPTIONS)
         for file in files:
             self._known(option, file)
         return Files(tuple(str(file) for file in files))
 
     @staticmethod
     def _known(option: str, file: Path) -> None:
-        suffix, kinds = plain_suffix(file), ", ".join(SUFFIXES)
-        if suffix not in SUFFIXES:
+        suffix, kinds = plain_suffix(file), ", ".join(ROWS)
+        if suffix not in ROWS:
             what = f"{str(file)!r} has {f'the suffix {suffix!r}' if suffix else 'no suffix'}, which is not read; known: {kinds}"
-            advice = "; raw text is read by the dataset 'text'" if suffix in (".txt", ".md") else did_you_mean(suffix, SUFFIXES)
+            advice = "; raw text is read by the dataset 'text'" if suffix in TEXTS else did_you_mean(suffix, ROWS)
             raise ConfigError([Problem((option,), what + advice)])
-        if suffix not in LINES and suffix != file.suffix.lower():
+        if suffix in PACKED and suffix != file.suffix.lower():
             what = f"{str(file)!r}: {suffix} files are compressed inside; decompress it ({', '.join(LINES)} may be compressed)"
             raise ConfigError([Problem((option,), what)])
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 
+from qlora_records.json_text import from_text
+
 __all__ = ["ExactJson"]
 
 
@@ -26,8 +28,5 @@ class ExactJson(datasets.Json):  # type: ignore[misc]
         return json.dumps(example_data, ensure_ascii=False, default=str)
 
     def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
-        """Return the object that the JSON text holds."""
-        value: Any = example_data
-        while isinstance(value, str):  # `datasets` encodes once more what its own parser can't read, and that is no object
-            value = json.loads(value)
-        return value
+        """Return what the JSON text holds; `datasets` encodes once more what its own parser can't read."""
+        return from_text(example_data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -33,6 +33,11 @@ PAIRS = (
 """The columns that are a prompt and its completion, the first that fit are taken."""
 
 SYSTEMS = ("system", "system_prompt")
+TOOLS = ("tools",)
+INPUTS = ("input", "context")
+"""The columns of optional parts; each row may have another one of them."""
+
+SHOWN = 8  # columns that are not used, in what is said of the form
 KNOWN = (
     "recognised are messages or conversations, input_ids, text, and the pairs "
     + ", ".join(f"{prompt}/{completion}" for prompt, completion in PAIRS)
@@ -50,12 +55,14 @@ class Form:
     kind: Kind
     columns: Mapping[str, str]
     """The parts that every row must have."""
-    optional: Mapping[str, str]
-    """The parts that a row may lack."""
+    optional: Mapping[str, tuple[str, ...]]
+    """The parts that a row may lack, and the columns that each may stand in; the first that holds something is taken."""
     first: tuple[str, ...]
     """The columns of the first row."""
-    seen: tuple[str, ...] = ()
-    """The optional parts that the first row has."""
+    seen: Mapping[str, str]
+    """The optional parts that the first row has, and where."""
+    unused: tuple[str, ...]
+    """The columns of the first row that no part is taken from."""
     detail: str = ""
     """What more there is to say of it."""
 
@@ -68,11 +75,11 @@ class Form:
             "tokenized": "token ids",
         }[self.kind]
         parts = list(self.columns.values())
-        for name in self.seen:
-            path = self.optional[name]
-            parts.append(path if path == name else f"{path} ({name})")
+        parts += [path if path == name else f"{path} ({name})" for name, path in self.seen.items()]
         listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
-        return f"{what} from the column{'s' if parts[1:] else ''} {listed}"
+        more = f" and {len(self.unused) - SHOWN} more" if len(self.unused) > SHOWN else ""
+        unused = f"; not used: {', '.join(self.unused[:SHOWN])}{more}" if self.unused else ""
+        return f"{what} from the column{'s' if parts[1:] else ''} {listed}{unused}"
 
 
 def recognise(row: Mapping[str, Any], asked: Mapping[str, Any], origin: str) -> Form:
@@ -116,10 +123,27 @@ def columns_of(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _form(kind: Kind, row: Mapping[str, Any], columns: Mapping[str, str], optional: Mapping[str, str] | None = None) -> Form:
+def _form(
+    kind: Kind, row: Mapping[str, Any], columns: Mapping[str, str], optional: Mapping[str, tuple[str, ...]] | None = None
+) -> Form:
     given = optional or {}
-    seen = tuple(name for name, path in given.items() if _has(row, path))
-    return Form(kind, dict(columns), dict(given), tuple(row), seen)
+    found = {name: first_of(paths, lambda path: _first_value(row, path)) for name, paths in given.items()}
+    seen = {name: path for name, (path, value) in found.items() if value is not ABSENT}
+    return Form(kind, dict(columns), dict(given), tuple(row), seen, _unused(row, {*columns.values(), *seen.values()}))
+
+
+def _unused(row: Mapping[str, Any], used: set[str]) -> tuple[str, ...]:
+    """Return the columns of *row* beside those *used*; of one that is used in part, those inside."""
+    unused: list[str] = []
+    for name, value in row.items():
+        if name not in used:
+            inner = columns_of({name: value}) if any(_within(path, name) for path in used) else [name]
+            unused += [path for path in inner if not any(_within(path, one) or _within(one, path) for one in used)]
+    return tuple(unused)
+
+
+def _within(path: str, outer: str) -> bool:
+    return f"{path}.".startswith((f"{outer}.", f"{outer}[]"))
 
 
 def _chat(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | None:
@@ -128,7 +152,7 @@ def _chat(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | None:
     candidates = [named["messages"]] if "messages" in named else [name for name in CHATS if _is_list(row.get(name))]
     if not candidates:
         return _turns(row, named)
-    optional = {"system": _system(row, named), "tools": named.get("tools", "tools")}
+    optional = {"system": _candidates("system", SYSTEMS, named), "tools": _candidates("tools", TOOLS, named)}
     turns = _first_value(row, candidates[0])
     sharegpt = isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("from") is not None
     detail = " (ShareGPT conversations)" if sharegpt else " (OpenAI messages)"
@@ -140,7 +164,7 @@ def _turns(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | None:
     pair = _pair(row, named)
     if pair is None or not all(isinstance(_first_value(row, path), list) for path in pair):
         return None
-    optional = {"system": _system(row, named), "tools": named.get("tools", "tools")}
+    optional = {"system": _candidates("system", SYSTEMS, named), "tools": _candidates("tools", TOOLS, named)}
     return _form("turns", row, {"prompt": pair[0], "completion": pair[1]}, optional)
 
 
@@ -150,13 +174,10 @@ def _instruction(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | Non
         return None
     if all(isinstance(_first_value(row, path), list) for path in pair):
         return _turns(row, named)
-    optional = {"system": _system(row, named)}
-    walked = pair[1].partition("[]")[0] if "[]" in pair[1] else ""
-    known = [f"{walked}[].input"] if walked else ["input", "context"]
-    if "input" in named:
-        optional["input"] = named["input"]
-    elif pair[0] == "instruction":
-        optional["input"] = next((path for path in known if _has(row, path)), known[0])
+    walked = [f"{pair[1].partition('[]')[0]}[].input"] if "[]" in pair[1] else []
+    # what is no text, such as the paragraphs of HotpotQA, is no input
+    inputs = [path for path in (*walked, *INPUTS) if path not in pair and not isinstance(_first_value(row, path), list | dict)]
+    optional = {"system": _candidates("system", SYSTEMS, named), "input": _candidates("input", inputs, named)}
     return _form("instruction", row, {"prompt": pair[0], "completion": pair[1]}, optional)
 
 
@@ -181,7 +202,8 @@ def _pair(row: Mapping[str, Any], named: Mapping[str, str]) -> tuple[str, str] |
 def _tokenized(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | None:
     if named or "input_ids" not in row:
         return None
-    return _form("tokenized", row, {name: name for name in ("input_ids", "labels") if name in row})
+    columns = {name: name for name in ("input_ids", "labels") if name in row}
+    return _form("tokenized", row, columns, {"attention_mask": ("attention_mask",)})
 
 
 def _text(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | None:
@@ -189,8 +211,8 @@ def _text(row: Mapping[str, Any], named: Mapping[str, str]) -> Form | None:
     return _form("text", row, {"text": path}) if _has(row, path) else None
 
 
-def _system(row: Mapping[str, Any], named: Mapping[str, str]) -> str:
-    return named.get("system") or next((name for name in SYSTEMS if name in row), SYSTEMS[0])
+def _candidates(part: str, known: Sequence[str], named: Mapping[str, str]) -> tuple[str, ...]:
+    return (named[part],) if part in named else tuple(path for path in known if path not in named.values())
 
 
 def _is_list(value: Any) -> bool:
@@ -206,6 +228,12 @@ def value_at(row: Any, path: str) -> Any:
             return ABSENT
         row = row[key]
     return row
+
+
+def first_of(paths: Sequence[str], get: Callable[[str], Any]) -> tuple[str, Any]:
+    """Return the first of *paths* at which *get* finds something, and what; else one that is empty, else ABSENT."""
+    found = [(path, value) for path in paths if (value := get(path)) is not ABSENT]
+    return next((one for one in found if one[1] not in (None, "", [])), found[0] if found else ("", ABSENT))
 
 
 def _first_value(row: Mapping[str, Any], path: str) -> Any:

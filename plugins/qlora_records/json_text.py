@@ -34,6 +34,16 @@ def parsed(where: str, text: str) -> Any:
     return value
 
 
+def from_text(value: Any) -> Any:
+    """Return what *value* holds where it is JSON text, or such a text of a text; else *value* itself."""
+    while isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            break
+    return value
+
+
 def taken(path: str, line: int, read: Callable[..., bytes], *size: int) -> bytes:
     """Return `read(*size)`; where compressed data is damaged, the DataError says that *line* lines came before."""
     try:

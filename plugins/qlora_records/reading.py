@@ -16,7 +16,7 @@ from qlora_records.rows import Files, Hub
 if TYPE_CHECKING:
     import datasets
 
-FORMAT = 1  # raise it when the same files would give other rows than before
+FORMAT = 2  # raise it when the same files would give other rows than before
 
 
 def read_records(source: Files | Hub, asked: Mapping[str, Any]) -> datasets.Dataset:
@@ -84,7 +84,7 @@ def _features(form: Form) -> dict[str, Any]:
 
     from qlora_records.exact import ExactJson
 
-    text, objects = datasets.Value("string"), datasets.List(ExactJson())  # any keys, where structs would have those of all rows
+    text, anything = datasets.Value("string"), ExactJson()  # any keys, where structs would have those of all rows
     columns: dict[str, Any]
     if form.kind == "tokenized":
         columns = {name: datasets.List(datasets.Value("int32")) for name in form.columns}
@@ -93,7 +93,7 @@ def _features(form: Form) -> dict[str, Any]:
     elif form.kind == "instruction":
         columns = {"prompt": text, "completion": text, "system": text}
     else:
-        columns = {"messages": objects, "tools": objects}
+        columns = {"messages": datasets.List(anything), "tools": anything}
     return {**columns, "origin": text}
 
 

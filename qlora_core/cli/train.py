@@ -14,6 +14,7 @@ from qlora_core import yaml_file
 from qlora_core.calls import ProviderFailed
 from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Trace, Verbose, make_registry, say_on_stderr, stdout
 from qlora_core.config import RunConfig
+from qlora_core.data.files import hold_rows, is_hub_name
 from qlora_core.errors import ConfigError, QLoRAError
 from qlora_core.parts import Parts, resolve
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from qlora_core.pipeline import Finished
 
 __all__ = ["RunCrashed", "read_config", "run", "source_of", "train"]
-
-ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # files that `--data` takes for rows, not for text
 
 
 def train(
@@ -35,7 +34,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A file, glob or folder of text or rows (JSONL, CSV, ...); without CONFIG.yaml, or instead of its data."
+            help="A file, glob or folder of text or rows (JSONL, CSV, ...), or a dataset on the hub; "
+            "without CONFIG.yaml, or instead of its data."
         ),
     ] = None,
     output: Annotated[
@@ -100,9 +100,8 @@ def run(resolved: RunConfig, parts: Parts, **options: Any) -> Finished:
 
 
 def source_of(data: str) -> dict[str, Any]:
-    """Return the dataset that `--data` names: rows of files that hold some, else raw text."""
-    plain = data.removesuffix(".gz").removesuffix(".zst")
-    return {"name": "records" if plain.endswith(ROWS) else "text", "path": data}
+    """Return the dataset that `--data` names: rows of files that hold some, or of the hub, else raw text."""
+    return {"name": "records" if is_hub_name(data) or hold_rows(data) else "text", "path": data}
 
 
 def read_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -47,16 +48,15 @@ def cached_batches(batches: Callable[[], Iterator[pa.RecordBatch]], features: di
     name = hashlib.sha256(f"{FORMAT} {sorted(features)} {key}".encode()).hexdigest()[:32]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "qlora-core"
     path = folder / f"{name}.arrow"
-    try:
+    with _storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{name}.lock"):
-            if not path.is_file():
-                _write(path, batches(), columns.arrow_schema)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: {(error.strerror or str(error)).lower()}; the tokenised data is kept there: make room or make it "
-            "writable, or set HF_DATASETS_CACHE to another folder"
-        ) from error
+        lock = FileLock(folder / f"{name}.lock")
+        lock.acquire()
+    try:
+        if not path.is_file():
+            _write(path, batches(), columns.arrow_schema)
+    finally:
+        lock.release()
     table = datasets.table.MemoryMappedTable.from_file(str(path))
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=columns), fingerprint=name)
 
@@ -64,9 +64,25 @@ def cached_batches(batches: Callable[[], Iterator[pa.RecordBatch]], features: di
 def _write(path: Path, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
     partial = path.with_suffix(".partial")
     try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        partial.replace(path)
+        with contextlib.ExitStack() as stack:
+            with _storing(path.parent):
+                sink = stack.enter_context(pa.OSFile(str(partial), "wb"))
+                writer = stack.enter_context(pa.ipc.new_stream(sink, schema))
+            for batch in batches:  # what the source of the rows raises is its own
+                with _storing(path.parent):
+                    writer.write_batch(batch)
+        with _storing(path.parent):
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _storing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: {(error.strerror or str(error)).lower()}; the tokenised data is kept there: make room or make it "
+            "writable, or set HF_DATASETS_CACHE to another folder"
+        ) from error

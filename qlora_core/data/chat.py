@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_core.data.findings import BadRow
 
-__all__ = ["ROLES", "Turn", "answered", "called", "checked", "checked_tools", "of_pair", "said", "visible_end"]
+__all__ = ["ROLES", "Turn", "answered", "called", "checked", "checked_pair", "checked_tools", "of_pair", "said", "visible_end"]
 
 Turn = dict[str, Any]
 
@@ -65,8 +65,20 @@ def visible_end(turn: Turn) -> str:
     return str(said.splitlines()[-1].strip()) if said else called(turn)[-1]
 
 
-def of_pair(prompt: str, completion: str, system: str | None = None) -> list[Turn]:
-    """Return *prompt* and *completion* as a chat of one question and its answer."""
+def checked_pair(prompt: Any, completion: Any, system: Any = None) -> tuple[str, str]:
+    """Return prompt, the system's text before it, and completion, or raise BadRow: they are to be joined as they are."""
+    for name, text in (("prompt", prompt), ("completion", completion), ("system", system)):
+        if text is not None and not isinstance(text, str):
+            raise BadRow("content", f"the {name} is {_kind(text)}, not text")
+    if prompt is None:
+        raise BadRow("empty", "there is no prompt")
+    if completion is None or not completion.strip():
+        raise BadRow("empty", "the completion is empty")
+    return f"{system}\n\n{prompt}" if system else prompt, completion
+
+
+def of_pair(prompt: Any, completion: Any, system: Any = None) -> list[Turn]:
+    """Return *prompt* and *completion* as a chat of one question and its answer, which `checked` judges."""
     first = [{"role": "system", "content": system}] if system else []
     return [*first, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
@@ -171,7 +183,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow("call", f"{where}: no JSON ({error})") from error
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from qlora_core.calls import answered, calling
 from qlora_core.config import DataConfig
 from qlora_core.data import gate
+from qlora_core.data.portions import Portion, apart, held_out, weighted
 from qlora_core.errors import ConfigError, DataError, Problem
 from qlora_core.libraries import import_libraries
 from qlora_core.parts import Weighted
@@ -86,29 +87,28 @@ def encode(
     train = [_read(source, "train", encoders) for source, _ in mix]
     evaluation = [_read(source, "eval", encoders) for source, _ in mix]
     labelled = any(read is not None and read.encoder.labels for read in (*train, *evaluation))
-    chosen: dict[SplitName, list[tuple[datasets.Dataset, np.ndarray]]] = {"train": [], "eval": []}
-    found: dict[str, gate.Findings] = {}
-    rows: dict[str, int] = {}
-    used = 0
-    for (source, weight), first, second in zip(mix, train, evaluation, strict=True):
+    judge = _Judge(data, labelled)
+    parts: dict[SplitName, list[Portion]] = {"train": [], "eval": []}
+    for (source, _), first, second in zip(mix, train, evaluation, strict=True):
         if first is None:
             raise DataError(f"dataset: {source.name!r} gives no examples to train on")
-        ours = _judged(first, labelled, found, rows)
-        theirs = _judged(second, labelled, found, rows) if second is not None else None
-        if theirs is None and data.eval_fraction > 0:
-            ours, theirs = _held_out(ours, first, data)
-        if theirs is not None:
-            ours = _apart(ours, theirs, data, found)
-            chosen["eval"].append(theirs)
-            used += len(theirs[1])
-        used += len(ours[1])
-        chosen["train"].append((ours[0], _weighted(ours[1], weight)))
-    for split, findings in found.items():
-        gate.tell(findings, split, data)
-    blocks = {split: _blocks(parts, data) for split, parts in chosen.items() if parts}
-    digest = _fingerprint(chosen.values())
+        ours = judge.read(first)
+        if second is not None:
+            parts["eval"].append(judge.read(second))
+        elif data.eval_fraction > 0:
+            ours, theirs = held_out(ours, data, source.name, continuous=first.encoder.continuous)
+            parts["eval"].append(theirs)
+        parts["train"].append(ours)
+    if parts["eval"]:
+        digests = np.concatenate([part.digests for part in parts["eval"]])
+        parts["train"] = [apart(part, digests, data, judge.findings["train"]) for part in parts["train"]]
+    left_out = judge.left_out(part for split in parts.values() for part in split)
+    judge.tell()
+    parts["train"] = [weighted(part, weight) for part, (_, weight) in zip(parts["train"], mix, strict=True)]
+    held = _blocks(parts["eval"], data) if parts["eval"] else None
     made = tuple(read.encoder for read in train if read is not None)
-    return Encoded(blocks["train"], blocks.get("eval"), digest, encoders.template, found, rows, sum(rows.values()) - used, made)
+    blocks, digest = _blocks(parts["train"], data), _fingerprint(parts.values())
+    return Encoded(blocks, held, digest, encoders.template, judge.findings, judge.rows, left_out, made)
 
 
 def encode_split(
@@ -118,10 +118,46 @@ def encode_split(
     read = _read(source, split, _Encoders(tokenizer, data))
     if read is None:
         return None
-    found: dict[str, gate.Findings] = {}
-    chosen = _judged(read, read.encoder.labels, found, {})
-    gate.tell(found[split], split, data)
-    return _blocks([chosen], data)
+    judge = _Judge(data, read.encoder.labels)
+    portion = judge.read(read)
+    judge.tell()
+    return _blocks([portion], data)
+
+
+class _Judge:
+    """Lets the gate judge the samples of each source, and keeps what it found; rows that repeat are found over all sources."""
+
+    def __init__(self, data: DataConfig, labelled: bool) -> None:
+        self.data = data
+        self.labelled = labelled
+        self.findings: dict[str, gate.Findings] = {}
+        self.rows: dict[str, int] = {}
+        self._seen: dict[str, np.ndarray] = {}
+
+    def read(self, read: _Read) -> Portion:
+        """Return the samples of *read* that can be used; raise DataError for what stops a run."""
+        from qlora_core.data.samples import samples_of
+
+        return self(samples_of(read.examples, read.encoder, labelled=self.labelled), read.split, read.source.name)
+
+    def __call__(self, samples: datasets.Dataset, split: str, source: str) -> Portion:
+        """Return which of *samples* can be used."""
+        seen = self._seen.get(split, np.empty(0, np.int64))
+        findings, kept = gate.check(samples, split, source, self.data, seen)
+        portion = Portion(samples, kept)
+        self._seen[split] = np.concatenate([seen, portion.digests])
+        self.findings.setdefault(split, gate.Findings()).merge(findings)
+        self.rows[split] = self.rows.get(split, 0) + len(samples)
+        return portion
+
+    def left_out(self, used: Iterable[Portion]) -> int:
+        """Return how many of the samples that were read are not among those *used*."""
+        return sum(self.rows.values()) - sum(len(portion.rows) for portion in used)
+
+    def tell(self) -> None:
+        """Log a warning for each finding."""
+        for split, findings in self.findings.items():
+            gate.tell(findings, split, self.data)
 
 
 class _Encoders:
@@ -177,20 +213,6 @@ def _read(source: DatasetSource, split: SplitName, encoders: _Encoders) -> _Read
     return _Read(source, split, examples, encoders.make(examples.column_names, source.name))
 
 
-def _judged(
-    read: _Read, labelled: bool, found: dict[str, gate.Findings], rows: dict[str, int]
-) -> tuple[datasets.Dataset, np.ndarray]:
-    """Return the samples of *read* and the indices of those to use; add what was found to *found* and *rows*."""
-    from qlora_core.data.samples import samples_of
-
-    data, name = read.encoder.data, read.source.name
-    samples = samples_of(read.examples, read.encoder, labelled=labelled)
-    findings, kept = gate.check(samples, read.split, name, data)
-    found.setdefault(read.split, gate.Findings()).merge(findings)
-    rows[read.split] = rows.get(read.split, 0) + len(samples)
-    return samples, kept
-
-
 def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encoded:
     """Return endless blocks of what *mix* gives, once the gate has seen the first rows of each source."""
     import datasets
@@ -198,8 +220,6 @@ def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encode
     from qlora_core.data.stream import Stream, StreamedBlocks, first_rows
 
     data = encoders.data
-    found: dict[str, gate.Findings] = {"train": gate.Findings()}
-    rows: dict[str, int] = {"train": 0}
     evaluation = [read for source, _ in mix if (read := _read(source, "eval", encoders)) is not None]
     if not evaluation and data.eval_fraction > 0:
         what = "a stream has no end to hold out; set it to 0, or give the dataset evaluation data of its own"
@@ -213,71 +233,32 @@ def _streamed(mix: Sequence[Weighted], encoders: _Encoders, seed: int) -> Encode
         streams.append(Stream(source, encoders.make(list(first[0]), source.name), weight))
     encoded = [*(stream.encoder for stream in streams), *(read.encoder for read in evaluation)]
     labelled = any(encoder.labels for encoder in encoded)
-    digest, checked, used = hashlib.sha256(), [], 0
+    judge, digest, checked = _Judge(data, labelled), hashlib.sha256(), []
     for stream in streams:
-        samples, part = first_rows(stream, data.gate_rows, labelled=labelled)
-        findings, kept = gate.check(samples, "train", stream.source.name, data)
-        found["train"].merge(findings)
-        used += len(kept)
-        rows["train"] += len(samples)
-        digest.update(part.encode())
-        checked.append(samples)
-    judged = [_judged(read, labelled, found, rows) for read in evaluation]
-    left_out = sum(rows.values()) - used - sum(len(kept) for _, kept in judged)
-    for split, findings in found.items():
-        gate.tell(findings, split, data)
+        samples, mark = first_rows(stream, data.gate_rows, labelled=labelled)
+        checked.append(judge(samples, "train", stream.source.name))
+        digest.update(mark.encode())
+    judged = [judge.read(read) for read in evaluation]
+    if judged:
+        digests = np.concatenate([part.digests for part in judged])
+        for part in checked:
+            apart(part, digests, data, judge.findings["train"])
+    judge.tell()
     blocks = StreamedBlocks(streams, data, labelled=labelled, seed=seed)
-    held_out = _blocks(judged, data) if judged else None
-    made = tuple(stream.encoder for stream in streams)
-    seen = datasets.concatenate_datasets(checked)
-    return Encoded(blocks, held_out, digest.hexdigest(), encoders.template, found, rows, left_out, made, seen)
+    return Encoded(
+        blocks,
+        _blocks(judged, data) if judged else None,
+        digest.hexdigest(),
+        encoders.template,
+        judge.findings,
+        judge.rows,
+        judge.left_out((*checked, *judged)),
+        tuple(stream.encoder for stream in streams),
+        datasets.concatenate_datasets([samples for samples, _ in checked]),
+    )
 
 
-def _held_out(
-    chosen: tuple[datasets.Dataset, np.ndarray], read: _Read, data: DataConfig
-) -> tuple[tuple[datasets.Dataset, np.ndarray], tuple[datasets.Dataset, np.ndarray]]:
-    samples, kept = chosen
-    count = max(1, round(len(kept) * data.eval_fraction))
-    if count >= len(kept):
-        raise DataError(
-            f"data.eval_fraction: {read.source.name!r} gives {len(kept)} sample{'s' if len(kept) > 1 else ''} of at most "
-            f"{data.sequence_length} tokens, too few to hold any out; set data.eval_fraction=0, a smaller "
-            "data.sequence_length, or add data"
-        )
-    out = np.zeros(len(kept), bool)
-    if read.encoder.continuous:
-        out[-count:] = True
-    else:
-        out[((np.arange(count) + 0.5) * len(kept) / count).astype(np.int64)] = True
-    return (samples, kept[~out]), (samples, kept[out])
-
-
-def _apart(
-    ours: tuple[datasets.Dataset, np.ndarray],
-    theirs: tuple[datasets.Dataset, np.ndarray],
-    data: DataConfig,
-    found: dict[str, gate.Findings],
-) -> tuple[datasets.Dataset, np.ndarray]:
-    """Return the training samples, and say which of them are also held out; without these where that is asked for."""
-    samples, kept = ours
-    both = gate.repeated(gate.column(samples, "digest")[kept], gate.column(theirs[0], "digest")[theirs[1]])
-    if not both.any():
-        return ours
-    if data.deduplicate and both.all():
-        raise DataError("data.deduplicate: every training sample is also held out, nothing is left; hold out other data")
-    found["train"].add("overlap", int(both.sum()), *gate.named(samples, kept[both]))
-    return samples, kept[~both] if data.deduplicate else kept
-
-
-def _weighted(rows: np.ndarray, weight: float) -> np.ndarray:
-    """Return *rows* as often as *weight* says: whole passes, and of the rest a share chosen evenly over all rows."""
-    whole, share = divmod(weight, 1)
-    count = max(round(share * len(rows)), 0 if whole else 1)
-    spread = np.linspace(0, len(rows), count, endpoint=False).astype(np.int64)
-    return np.concatenate([rows] * int(whole) + [rows[spread]])
-
-
-def _blocks(parts: Sequence[tuple[datasets.Dataset, np.ndarray]], data: DataConfig) -> Blocks:
+def _blocks(parts: Sequence[Portion], data: DataConfig) -> Blocks:
     """Return the chosen samples of all *parts* in blocks, packed or one each."""
     import datasets
 
@@ -294,10 +275,10 @@ def _blocks(parts: Sequence[tuple[datasets.Dataset, np.ndarray]], data: DataConf
     return Blocks(samples, (offsets, rows[indices]), packed=True)
 
 
-def _fingerprint(splits: Iterable[Sequence[tuple[datasets.Dataset, np.ndarray]]]) -> str:
+def _fingerprint(splits: Iterable[Sequence[Portion]]) -> str:
     digest = hashlib.sha256()
     for parts in splits:
-        for samples, rows in parts:
-            digest.update(gate.column(samples, "digest")[rows].tobytes())
+        for part in parts:
+            digest.update(part.digests.tobytes())
         digest.update(b"|")
     return digest.hexdigest()

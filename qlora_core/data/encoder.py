@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_core.config import DataConfig
-from qlora_core.data.mask import IGNORED
+from qlora_core.data.mask import IGNORED, Masked
 from qlora_core.data.samples import Sample
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class Encoder:
     labels: bool = True
     """Whether some tokens are not supervised."""
 
-    continuous: ClassVar[bool] = False
-    """Whether neighbouring samples are pieces of one text."""
+    continuous: bool = False
+    """Whether rows are pieces of texts that others continue; then the end is held out, else samples spread over all."""
 
     state: Any = None
     """What is held of a row that is not complete yet, JSON-ready."""
@@ -47,8 +47,11 @@ class Encoder:
         """Yield what is left once all rows have come."""
         yield from ()
 
-    def fitted(self, sample: Sample) -> Sample:
-        """Return *sample* with at most `sequence_length` tokens, and with what is wrong about its length and labels noted."""
+    def fitted(self, sample: Sample, masked: Masked | None = None) -> Sample:
+        """Return *sample* with at most `sequence_length` tokens, and with what is wrong about its length and labels noted.
+
+        *masked* says where its turns and their ends stand: after a cut those that are left are counted.
+        """
         limit = self.data.sequence_length
         sample.length = len(sample.ids)
         if sample.length > limit and not self.data.truncate:
@@ -58,12 +61,13 @@ class Encoder:
             return sample
         if sample.length > limit:
             sample.ids = sample.ids[:limit]
-            lost = 0
+            lost = sample.length - limit
             if sample.labels is not None:
                 lost = int((sample.labels[limit:] != IGNORED).sum())
                 sample.labels = sample.labels[:limit]
             sample.note("cut", f"{sample.length:,} tokens, of which {sample.length - limit:,} ({lost:,} supervised) are lost")
-            sample.ended -= int(sample.ended > 0)  # the last turn's end is beyond the cut
+            if masked is not None:
+                sample.turns, sample.ended = masked.within(limit)
         if not sample.supervised:
             sample.note("unsupervised", f"{len(sample.ids)} tokens, all of them masked")
         return sample

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from qlora_core.config import DataConfig
-from qlora_core.data.chat import Turn, answered, checked, checked_tools, of_pair, said
+from qlora_core.data.chat import Turn, answered, checked, checked_pair, checked_tools, of_pair, said
 from qlora_core.data.encoder import Encoder
 from qlora_core.data.findings import BadRow
-from qlora_core.data.mask import IGNORED, joined, tokenized, typed_specials
+from qlora_core.data.mask import IGNORED, Masked, joined, tokenized, typed_specials
 from qlora_core.data.samples import Sample
 from qlora_core.data.template import ChatTemplate
 from qlora_core.data.text import TextEncoder
@@ -41,10 +42,11 @@ class ChatEncoder(Encoder):
 
     @property
     def settings(self) -> str:
-        """Template and mask, too."""
+        """Template and mask, too; and the day where the template writes it, as Llama 3.1's does."""
         made = self.template
         written = (made.source, made.tool_source, sorted(made.special.items())) if made is not None else None
-        return f"{super().settings} {self.train_on} {written}"
+        dated = made is not None and "strftime_now" in made.source + (made.tool_source or "")
+        return f"{super().settings} {self.train_on} {written}{f' {date.today()}' if dated else ''}"
 
     def encode(self, rows: dict[str, list[Any]], first: int) -> Iterator[Sample]:
         """Yield one sample per row."""
@@ -54,17 +56,17 @@ class ChatEncoder(Encoder):
         made = self._pairs(columns) if "prompt" in columns else self._chats(columns)
         for sample, origin in zip(made, origins, strict=True):
             sample.origin = origin
-            yield sample if sample.problems and not len(sample.ids) else self.fitted(sample)
+            yield sample
 
     def _pairs(self, rows: dict[str, list[Any]]) -> list[Sample]:
         systems = rows.get("system") or [None] * len(rows["prompt"])
         pairs = list(zip(rows["prompt"], rows["completion"], systems, strict=True))
         if self.template is not None:
             return self._chats({"messages": [of_pair(*pair) for pair in pairs]})
-        texts = [(f"{system}\n\n{prompt}" if system else prompt, completion) for prompt, completion, system in pairs]
-        made = joined(self.tokenizer, texts, masked=self.train_on != "all")
-        empty = BadRow("empty", "the completion is empty")
-        return [self._sample(one if pair[1].strip() else empty, pair) for one, pair in zip(made, texts, strict=True)]
+        texts = [_judged_pair(*pair) for pair in pairs]
+        good = [pair for pair in texts if not isinstance(pair, BadRow)]
+        encoded = iter(joined(self.tokenizer, good, masked=self.train_on != "all"))
+        return [self._sample(pair, ()) if isinstance(pair, BadRow) else self._sample(next(encoded), pair) for pair in texts]
 
     def _chats(self, rows: dict[str, list[Any]]) -> list[Sample]:
         assert self.template is not None
@@ -78,23 +80,25 @@ class ChatEncoder(Encoder):
                 samples.append(self._sample(chat, ()))
                 continue
             turns = chat[0]
-            sample = self._sample(next(encoded), said(turns))
+            sample = self._sample(next(encoded), said([*turns, *(chat[1] or ())]))
             if not answered(turns):
                 sample.note("unanswered", f"turn {len(turns)} ({turns[-1]['role']})")
             samples.append(sample)
         return samples
 
-    def _sample(self, made: Any, texts: Iterable[str]) -> Sample:
+    def _sample(self, made: Masked | BadRow, texts: Iterable[str]) -> Sample:
+        """Return the sample of *made*; *texts* are what a template or a pair writes of the row."""
         if isinstance(made, BadRow):
             return Sample(np.empty(0, np.int32), np.empty(0, np.int32), problems=[f"{made.code}: {made.detail}"])
-        turns, ended = (0, 0) if self.train_on == "all" else (made.turns, made.ended)  # where all is, every end is supervised
+        everything = self.train_on == "all"  # then every end is supervised, and no turn is counted
+        turns, ended = (0, 0) if everything else (made.turns, made.ended)
         sample = Sample(made.input_ids, made.labels, turns=turns, ended=ended)
         if made.merged:
             sample.note("merged", f"{made.merged} token{'s' if made.merged > 1 else ''}")
         found = typed_specials(self.tokenizer, texts)
         if found:
             sample.note("special", ", ".join(repr(token) for token in found))
-        return sample
+        return self.fitted(sample, None if everything else made)
 
 
 class TokenEncoder(Encoder):
@@ -110,28 +114,33 @@ class TokenEncoder(Encoder):
         origins = rows.get("origin") or [f"row {first + index + 1}" for index in range(count)]
         labels = rows.get("labels") or [None] * count
         for ids, wanted, origin in zip(rows["input_ids"], labels, origins, strict=True):
-            sample = Sample(np.asarray(ids, np.int32), None if wanted is None else np.asarray(wanted, np.int32), origin)
-            problem = self._problem(sample)
-            if problem:
-                sample.note("tokens", problem)
-                sample.ids, sample.labels = sample.ids[:0], None if sample.labels is None else sample.labels[:0]
+            try:
+                read = self._read(ids, wanted)
+            except BadRow as problem:
+                nothing = np.empty(0, np.int32)
+                sample = Sample(nothing, nothing if self.labels else None, origin)
+                sample.note(problem.code, problem.detail)
                 yield sample
             else:
-                yield self.fitted(sample)
+                yield self.fitted(Sample(*read, origin))
 
-    def _problem(self, sample: Sample) -> str:
+    def _read(self, given: Any, wanted: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return ids and labels, (T,) int32 each, or raise BadRow."""
         size = len(self.tokenizer)
-        if not len(sample.ids):
-            return "no tokens"
-        if sample.ids.min() < 0 or sample.ids.max() >= size:
-            worst = sample.ids.min() if sample.ids.min() < 0 else sample.ids.max()
-            return f"id {worst}, and the tokenizer has {size:,}"
-        if sample.labels is None:
-            return ""
-        if len(sample.labels) != len(sample.ids):
-            return f"{len(sample.ids)} input_ids and {len(sample.labels)} labels"
-        wrong = sample.labels[(sample.labels != IGNORED) & ((sample.labels < 0) | (sample.labels >= size))]
-        return f"label {wrong[0]}, neither a token nor {IGNORED}" if len(wrong) else ""
+        ids = _integers(given, "input_ids")
+        if not len(ids):
+            raise BadRow("tokens", "no tokens")
+        if ids.min() < 0 or ids.max() >= size:
+            raise BadRow("tokens", f"id {ids.min() if ids.min() < 0 else ids.max()}, and the tokenizer has {size:,}")
+        if wanted is None:
+            return ids.astype(np.int32), None
+        labels = _integers(wanted, "labels")
+        if len(labels) != len(ids):
+            raise BadRow("tokens", f"{len(ids)} input_ids and {len(labels)} labels")
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= size))]
+        if len(wrong):
+            raise BadRow("tokens", f"label {wrong[0]}, neither a token nor {IGNORED}")
+        return ids.astype(np.int32), labels.astype(np.int32)
 
 
 def form_of(columns: Sequence[str], source: str) -> Form:
@@ -164,7 +173,7 @@ def encoder_for(
     if kind == "text":
         if wanted not in ("auto", "all"):
             raise refuse("raw text, where every token is supervised", "use auto or all")
-        return TextEncoder(tokenizer, data)
+        return TextEncoder(tokenizer, data, continuous="continues" in columns)
     if kind == "tokens":
         if wanted != "auto" and not (wanted == "all" and "labels" not in columns):
             raise refuse("token ids, whose labels say what is supervised", "use auto")
@@ -183,3 +192,23 @@ def _judged(messages: Any, tools: Any) -> tuple[list[Turn], list[dict[str, Any]]
         return checked(messages), checked_tools(tools)
     except BadRow as problem:
         return problem
+
+
+def _judged_pair(prompt: Any, completion: Any, system: Any) -> tuple[str, str] | BadRow:
+    try:
+        return checked_pair(prompt, completion, system)
+    except BadRow as problem:
+        return problem
+
+
+def _integers(values: Any, name: str) -> np.ndarray:
+    """Return *values* as integers (T,), as wide as they come, or raise BadRow for what is no list of integers."""
+    if values is None:
+        raise BadRow("tokens", f"there are no {name}")
+    try:
+        read = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        read = np.empty((0, 0))
+    if read.ndim != 1 or (len(read) and read.dtype.kind not in "iu"):
+        raise BadRow("tokens", f"{name} are no list of integers")
+    return read

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import zlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -17,10 +18,30 @@ from pydantic import AfterValidator, BeforeValidator
 
 from qlora_core.errors import ConfigError, DataError, Problem
 
-__all__ = ["COMPRESSED", "Paths", "absolute", "digest", "files_in", "opened", "plain_suffix"]
+__all__ = [
+    "COMPRESSED",
+    "ROWS",
+    "TEXTS",
+    "Paths",
+    "absolute",
+    "digest",
+    "files_in",
+    "hold_rows",
+    "is_hub_name",
+    "opened",
+    "plain_suffix",
+]
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 """The suffixes of compressed files that `opened` reads."""
+
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""The suffixes of files that hold rows."""
+
+TEXTS = (".txt", ".md")
+"""The suffixes of files that hold raw text."""
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 BUFFER = 2**20  # bytes: long lines come in few pieces
 PIECE = 2**16  # bytes that are decompressed at a time
@@ -59,13 +80,14 @@ Paths = Annotated[AnyPaths, AfterValidator(absolute)]
 def files_in(option: str, paths: str | Sequence[str], suffixes: Sequence[str], ignored: Collection[str] = ()) -> list[Path]:
     """Return the files that *paths* name, each once, globs and folders sorted; raise ConfigError for one that has none.
 
-    In a folder the files with one of *suffixes* count, compressed or not, unless their name is one of *ignored*.
+    In a folder the files with one of *suffixes* count, compressed or not, unless they are hidden, as the checkpoints of
+    notebooks are, or their name is one of *ignored*.
     """
     found: dict[Path, None] = {}
     for item in [paths] if isinstance(paths, str) else paths:
         path = Path(item)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if plain_suffix(p) in suffixes and p.name not in ignored and p.is_file())
+            files = [file for file in _inside(path) if plain_suffix(file) in suffixes and file.name not in ignored]
             kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
             problem = f"the folder {item!r} holds no {kinds} file; name the files, or a glob"
         elif path.is_file():
@@ -83,6 +105,27 @@ def plain_suffix(path: str | Path) -> str:
     """Return the suffix of *path* in lower case, without that of a compression: ".txt" of "a.txt.gz"."""
     stem, suffix = os.path.splitext(os.fspath(path).lower())
     return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
+
+
+def is_hub_name(path: Any) -> bool:
+    """Return whether *path* is no file or folder here and looks like the name of a dataset on the hub: owner/name."""
+    if not isinstance(path, str) or not HUB_NAME.fullmatch(path) or os.path.exists(path):
+        return False
+    return plain_suffix(path) not in (*ROWS, *TEXTS) and os.path.splitext(path)[1].lower() not in COMPRESSED
+
+
+def hold_rows(path: str) -> bool:
+    """Return whether the files that *path* names, one, those of a folder or of a glob, hold rows: then they are no raw text.
+
+    A folder with both is one of text, but a README beside rows only tells what they are. Of a glob, which means each of
+    its files, one with rows is enough: read as text, its syntax would be trained.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        kinds = {plain_suffix(file) for file in _inside(Path(path)) if file.stem.lower() != "readme"}
+        return not kinds.isdisjoint(ROWS) and kinds.isdisjoint(TEXTS)
+    matched = [] if os.path.isfile(path) else glob.glob(path, recursive=True)
+    return any(plain_suffix(file) in ROWS for file in matched or [path])
 
 
 def opened(path: str | Path, offset: int = 0) -> BinaryIO:
@@ -111,6 +154,12 @@ def digest(files: Iterable[str | Path]) -> str:
         except OSError as error:
             raise _unreadable(file, error) from error
     return total.hexdigest()
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Return the files in *folder*, sorted, without hidden ones and those in hidden folders."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _unreadable(path: str | Path, error: OSError) -> DataError:

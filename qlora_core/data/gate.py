@@ -44,12 +44,23 @@ class Finding:
     error: bool
     count: int = 0
     examples: list[str] = field(default_factory=list)
+    needs: int = 0
+    """Tokens of the longest of these rows, where they are too long."""
+
+    @property
+    def mending(self) -> str:
+        """The remedy, with the sequence_length that would keep all."""
+        return (
+            f"set data.sequence_length to {self.needs} to keep all, or data.truncate=true to cut them"
+            if self.needs
+            else self.remedy
+        )
 
     def __str__(self) -> str:
         rows = f"{self.count:,} row{'' if self.count == 1 else 's'}"
         more = f"; and {self.count - len(self.examples):,} more" if self.count > len(self.examples) > 0 else ""
         shown = f": {'; '.join(self.examples)}{more}" if self.examples else ""
-        return f"{rows} with {self.what}{shown}. Remedy: {self.remedy}"
+        return f"{rows} with {self.what}{shown}. Remedy: {self.mending}"
 
 
 class Findings(dict[str, Finding]):
@@ -66,7 +77,7 @@ class Findings(dict[str, Finding]):
         """Count what *others* found, too."""
         for code, finding in others.items():
             self.add(code, finding.count, *finding.examples)
-            self[code].remedy = finding.remedy
+            self[code].needs = max(self[code].needs, finding.needs)
 
     @property
     def errors(self) -> list[Finding]:
@@ -74,22 +85,28 @@ class Findings(dict[str, Finding]):
         return [finding for finding in self.values() if finding.error]
 
 
-def check(samples: datasets.Dataset, split: str, source: str, data: DataConfig) -> tuple[Findings, np.ndarray]:
-    """Return what is wrong with *samples*, and the indices of those to use; raise DataError where that stops a run."""
+def check(
+    samples: datasets.Dataset, split: str, source: str, data: DataConfig, seen: np.ndarray | None = None
+) -> tuple[Findings, np.ndarray]:
+    """Return what is wrong with *samples*, and the indices of those to use; raise DataError where that stops a run.
+
+    *seen* are the digests of other samples of the split, which these may repeat.
+    """
     if not len(samples):
         raise DataError(f"dataset: {source!r} gives no tokens in the {split} data; it is empty")
     findings, bad = judge(samples)
     if "long" in findings:
-        longest = int(column(samples, "length").max())
-        findings["long"].remedy = f"set data.sequence_length to {longest} to keep all, or data.truncate=true to cut them"
+        findings["long"].needs = int(column(samples, "length").max())
     kept = usable(samples, bad, data)
-    again = repeated(column(samples, "digest")[kept])
+    digests = column(samples, "digest")[kept]
+    again = repeated(digests) | (repeated(digests, seen) if seen is not None else False)
     if again.any():
         findings.add("duplicate", int(again.sum()), *named(samples, kept[again]))
         kept = kept[~again] if data.deduplicate else kept
     tell_errors(findings, split, source, data)
     if not len(kept):
-        raise DataError(f"dataset: {source!r}: no row of the {split} data has a supervised token that can be used")
+        why = "".join(f"\n  {finding}" for finding in findings.errors)
+        raise DataError(f"dataset: {source!r}: no row of the {split} data has a supervised token that can be used{why}")
     _check_ends(samples, kept, source, data)
     return findings, kept
 
@@ -157,7 +174,7 @@ def _check_ends(samples: datasets.Dataset, rows: np.ndarray, source: str, data: 
         "token after an answer, or each is cut off; choose another data.template, add its end of turn with tokens.add, or "
         "raise data.sequence_length"
     )
-    if data.on_problem == "error":
+    if data.on_problem != "warn":  # no row to skip would mend it
         raise DataError(what)
     logger.warning("%s", what)
 

@@ -217,7 +217,7 @@ def _supervision(source: str, encoder: Encoder) -> Supervision:
 def _findings(encoded: Encoded) -> list[Found]:
     """Return what the gate found, by split; errors first, then by how many rows have it."""
     return [
-        Found(split, code, one.what, one.count, one.error, list(one.examples), one.remedy)
+        Found(split, code, one.what, one.count, one.error, list(one.examples), one.mending)
         for split, found in encoded.findings.items()
         for code, one in sorted(found.items(), key=lambda item: (not item[1].error, -item[1].count))
     ]

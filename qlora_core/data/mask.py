@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from qlora_core.data.chat import Turn
 from qlora_core.data.findings import BadRow
+from qlora_core.data.specials import special_ids, special_tokens
 from qlora_core.data.template import ChatTemplate, Span, Tools, begin_ids
 from qlora_core.errors import ModelError
 
@@ -25,25 +26,40 @@ if TYPE_CHECKING:
     import tokenizers
     import transformers
 
-__all__ = ["IGNORED", "Sample", "end_of_turn", "joined", "tokenized", "typed_specials"]
+__all__ = ["IGNORED", "Masked", "end_of_turn", "joined", "tokenized", "typed_specials"]
 
 IGNORED = -100  # the label of a token that is not supervised
 NO_ID = -1
 Ints = npt.NDArray[np.int32]
+ASKED: Sequence[Turn] = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})  # what templates are tried on
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class Masked:
     """The token ids of one example, (T,) int32, and their labels, (T,) int32 with IGNORED where nothing is supervised."""
 
     input_ids: Ints
     labels: Ints
-    turns: int
-    """Answers that are supervised; 1 where the whole text is."""
-    ended: int
-    """How many of them have their end-of-turn token supervised."""
+    starts: tuple[int, ...]
+    """Where each supervised answer has its first label; where the whole text is supervised it is one."""
+    ends: tuple[int, ...]
+    """Where the end-of-turn tokens of these stand, as far as they have one; all are supervised."""
     merged: int
     """Tokens that span the beginning or the end of a supervised stretch, and are not supervised for it."""
+
+    def within(self, limit: int) -> tuple[int, int]:
+        """Return how many answers have a label among the first *limit* tokens, and how many their end of turn."""
+        return sum(start < limit for start in self.starts), sum(end < limit for end in self.ends)
+
+    @property
+    def turns(self) -> int:
+        """Answers that are supervised."""
+        return len(self.starts)
+
+    @property
+    def ended(self) -> int:
+        """How many of them have their end-of-turn token supervised."""
+        return len(self.ends)
 
 
 @dataclass(frozen=True)
@@ -54,15 +70,15 @@ class Specials:
     unknown: int  # the id of unk_token, or NO_ID: it stands for any text
     unknown_text: str
     end: int  # the template's usual end of turn, or NO_ID
-    marked: bool  # the template marks the answers, maybe without their end of turn
+    after: frozenset[int]  # those that may end a marked answer from behind its mark; others open the next turn
 
     @classmethod
-    def of(cls, tokenizer: transformers.PreTrainedTokenizerBase, end: int = NO_ID, marked: bool = False) -> Specials:
+    def of(
+        cls, tokenizer: transformers.PreTrainedTokenizerBase, end: int = NO_ID, after: frozenset[int] = frozenset()
+    ) -> Specials:
         """Return the special tokens of *tokenizer*."""
-        ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         unknown = tokenizer.unk_token_id
-        ids |= {token_id for token_id in tokenizer.all_special_ids if token_id is not None}
-        return cls(frozenset(ids), NO_ID if unknown is None else unknown, tokenizer.unk_token or "", end, marked)
+        return cls(special_ids(tokenizer), NO_ID if unknown is None else unknown, tokenizer.unk_token or "", end, after)
 
 
 def tokenized(
@@ -70,8 +86,8 @@ def tokenized(
     template: ChatTemplate,
     chats: Sequence[tuple[Sequence[Turn], Tools]],
     train_on: str = "assistant",
-) -> list[Sample | BadRow]:
-    """Return a sample, or what is wrong, for each of *chats* (turns and tools); the ids are `apply_chat_template`'s.
+) -> list[Masked | BadRow]:
+    """Return the masked tokens, or what is wrong, for each of *chats* (turns and tools); the ids are `apply_chat_template`'s.
 
     *train_on* is all, assistant (auto means that, too), last_turn or completion. Raise ModelError where the tokenizer
     can't say which text its tokens come from.
@@ -86,23 +102,22 @@ def tokenized(
             results.append(error)
     texts = [result[0] for result in results if isinstance(result, tuple)]
     encodings = iter(_encode(tokenizer, texts))
-    end = end_of_turn(tokenizer, template) if texts and train_on != "all" else None
-    specials = Specials.of(tokenizer, NO_ID if end is None else end, template.marked)
+    specials = _of_template(tokenizer, template) if texts and train_on != "all" else Specials.of(tokenizer)
     for place, result in enumerate(results):
         if isinstance(result, tuple):
             aligned = Aligned(result[0], next(encodings), specials)
-            results[place] = aligned.everything() if train_on == "all" else aligned.sample(result[1])
+            results[place] = aligned.everything() if train_on == "all" else aligned.masked(result[1])
     return results
 
 
 def joined(
     tokenizer: transformers.PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], *, masked: bool = True
-) -> list[Sample | BadRow]:
-    """Return a sample for each prompt and completion joined as they are, with the tokenizer's BOS before and EOS after.
+) -> list[Masked | BadRow]:
+    """Return the masked tokens of each prompt and completion joined as they are, with the tokenizer's BOS before and EOS after.
 
     Prompt and completion are tokenised as one text. Supervised are the completion and EOS; where it is not *masked*, all.
     """
-    results: list[Sample | BadRow | None] = []
+    results: list[Masked | BadRow | None] = []
     for prompt, completion in pairs:
         try:
             _check_unicode(prompt + completion)
@@ -121,7 +136,9 @@ def joined(
         first, stop, merged = aligned.within((start, len(prompt + completion)))
         labels[first:stop] = aligned.ids[first:stop]
         labels = np.concatenate([np.full_like(begin, IGNORED) if masked else begin, labels, finish])
-        samples.append(Sample(np.concatenate([begin, aligned.ids, finish]), labels, 1, len(finish), merged))
+        ids = np.concatenate([begin, aligned.ids, finish])
+        ends = (len(ids) - 1,) if len(finish) else ()
+        samples.append(Masked(ids, labels, _first(labels), ends, merged))
     made = iter(samples)
     return [next(made) if result is None else result for result in results]
 
@@ -132,8 +149,7 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase, template: ChatT
     It is the last of those between an answer and the next turn: Cohere's models end with two. A text's own end, as
     Phi-3's <|endoftext|>, stands after the last turn only.
     """
-    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    for chat in ([question, answer, question], [question, answer]):  # some templates want the last word to be an answer
+    for chat in ([*ASKED, ASKED[0]], [*ASKED]):  # some templates want the last word to be an answer
         try:
             text, spans = template.told_apart(chat, None, [1])
         except BadRow:
@@ -146,6 +162,27 @@ def end_of_turn(tokenizer: transformers.PreTrainedTokenizerBase, template: ChatT
     return None
 
 
+def _of_template(tokenizer: transformers.PreTrainedTokenizerBase, template: ChatTemplate) -> Specials:
+    """Return the special tokens of *tokenizer* with those that end an answer in *template*.
+
+    Behind a mark the next turn's opener may follow, too. A token that stands there although no turn follows is none.
+    """
+    end = end_of_turn(tokenizer, template)
+    usual = NO_ID if end is None else end
+    specials = Specials.of(tokenizer, usual)
+    if not template.marked:
+        return specials
+    after = {usual}
+    try:
+        text, turns = template.turns([*ASKED], None, "assistant")
+    except BadRow:
+        turns = []
+    if turns:
+        aligned, until = Aligned(text, _encode(tokenizer, [text])[0], specials), turns[-1][-1][1]
+        after |= {int(aligned.ids[at]) for at in aligned.following(aligned.within(turns[-1][-1])[1], until)}
+    return replace(specials, after=frozenset(after))
+
+
 def typed_specials(tokenizer: transformers.PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
     """Return the special tokens that stand in *texts*, once each: the tokenizer can't tell them from a template's own."""
     pattern = _special_pattern(tokenizer, len(tokenizer))
@@ -155,9 +192,9 @@ def typed_specials(tokenizer: transformers.PreTrainedTokenizerBase, texts: Itera
 @lru_cache(maxsize=4)
 def _special_pattern(tokenizer: transformers.PreTrainedTokenizerBase, size: int) -> re.Pattern[str] | None:
     """Return a pattern that finds special tokens. Cached, vocabularies have thousands; *size* grows with a token added."""
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= set(tokenizer.all_special_tokens)
-    found = sorted(filter(None, tokens), key=len, reverse=True)  # the longest that begins at a place is the one meant
+    found = sorted(
+        filter(None, special_tokens(tokenizer)), key=len, reverse=True
+    )  # the longest that begins at a place is the one meant
     return re.compile("|".join(map(re.escape, found))) if found else None
 
 
@@ -207,39 +244,49 @@ class Aligned:
         """Return the place of the end-of-turn token of the tokens [first, stop), which end at *until*; None without one.
 
         It is the template's usual one, or else the first special token of the closing. Where the template marks answers
-        without their end, it is looked for in the special tokens that follow directly.
+        without their end, it is looked for in the special tokens that follow directly, of which some end a turn.
         """
         found = self.closing(first, stop)
-        after = stop
-        if self.specials.marked and stop < len(self.ids) and self.begins(stop) == until:
-            while after < len(self.ids) and self._special(after):
-                after += 1
-        usual = [at for at in (*found, *range(stop, after)) if self.ids[at] == self.specials.end]
-        ends = usual or found or ([stop] if after > stop else [])
+        follow = [at for at in self.following(stop, until) if int(self.ids[at]) in self.specials.after]
+        usual = [at for at in (*found, *follow) if self.ids[at] == self.specials.end]
+        ends = usual or found or follow
         return ends[0] if ends else None
 
-    def sample(self, turns: Sequence[Sequence[Span]]) -> Sample:
-        """Return the sample in which *turns*, each in one or more stretches, are supervised up to their end of turn."""
+    def following(self, stop: int, until: int) -> range:
+        """Return the places of the special tokens that stand directly after *until*, where token *stop* begins."""
+        after = stop
+        while after < len(self.ids) and self._special(after) and (after > stop or self.begins(stop) == until):
+            after += 1
+        return range(stop, after)
+
+    def masked(self, turns: Sequence[Sequence[Span]]) -> Masked:
+        """Return the tokens, of which *turns*, each in one or more stretches, are supervised up to their end of turn."""
         labels = np.full(len(self.ids), IGNORED, dtype=np.int32)
-        ended = merged = 0
+        starts: list[int] = []
+        ends: list[int] = []
+        merged = 0
         for spans in turns:
+            begins: list[int] = []
             for number, span in enumerate(spans, 1):
                 first, stop, spanning = self.within(span)
                 last = self.end(first, stop, span[1]) if number == len(spans) else None
                 if last is not None:
                     stop = last + 1
-                    ended += 1
+                    ends.append(last)
                 elif stop > first and self.offsets[stop - 1, 1] > span[1]:
                     stop -= 1
                     spanning += 1
                 labels[first:stop] = self.ids[first:stop]
                 merged += spanning
-        return Sample(self.ids, labels, len(turns), ended, merged)
+                begins += [first] if first < stop else []
+            starts += begins[:1]
+        return Masked(self.ids, labels, tuple(starts), tuple(ends), merged)
 
-    def everything(self) -> Sample:
-        """Return the sample in which all is supervised; its one turn has ended where the last token is special."""
-        ended = len(self.ids) > 0 and self.specials.ids.issuperset(self.ids[-1:].tolist())
-        return Sample(self.ids, self.ids.copy(), 1, int(ended), 0)
+    def everything(self) -> Masked:
+        """Return the tokens, all supervised as one turn; it has ended where the last token is special."""
+        last = len(self.ids) - 1
+        ended = last >= 0 and int(self.ids[last]) in self.specials.ids
+        return Masked(self.ids, self.ids.copy(), _first(self.ids), (last,) if ended else (), 0)
 
     def _special(self, at: int) -> bool:
         token = int(self.ids[at])
@@ -260,6 +307,11 @@ def _encode(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]) -
     backend.no_padding()
     encodings: list[tokenizers.Encoding] = backend.encode_batch(texts, add_special_tokens=False)
     return encodings
+
+
+def _first(labels: Ints) -> tuple[int, ...]:
+    """Return where the first of *labels* stands that is supervised, as one place or none."""
+    return tuple(np.flatnonzero(labels != IGNORED)[:1].tolist())
 
 
 def _check_unicode(text: str) -> None:

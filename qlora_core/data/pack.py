@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["efficiency", "pack"]
+__all__ = ["pack"]
 
 Numbers = npt.NDArray[np.int64]
 
@@ -48,12 +48,6 @@ def pack(lengths: npt.NDArray[Any], capacity: int) -> tuple[Numbers, Numbers]:
             taken[step.length] = stop
             step = step.below
     return _in_order(block_of, n_blocks)
-
-
-def efficiency(offsets: Numbers, lengths: npt.NDArray[Any], capacity: int) -> float:
-    """Return the share of the blocks' tokens that are not padding: 1 where every block is full."""
-    blocks = len(offsets) - 1
-    return float(lengths.sum()) / (blocks * capacity) if blocks else 1.0
 
 
 def _fill(counts: Numbers, capacity: int) -> list[tuple[int, _Filling]]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from qlora_core.data.findings import FINDINGS
 from qlora_core.data.mask import IGNORED
+from qlora_core.data.specials import special_ids
 
 if TYPE_CHECKING:
     import transformers
@@ -90,8 +91,7 @@ def view(blocks: Blocks, block: int, tokenizer: transformers.PreTrainedTokenizer
 
 def tokens_of(ids: Ints, labels: Ints, tokenizer: transformers.PreTrainedTokenizerBase) -> list[Token]:
     """Return one sample's tokens; their texts put together are the sample's text, characters never in halves."""
-    special = {int(at) for at, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     texts: list[str | None] = []
     while len(texts) < len(ids):
         at = len(texts)

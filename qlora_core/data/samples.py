@@ -6,9 +6,12 @@ here: a row that can't be used becomes a sample without tokens that says why, an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
     from qlora_core.data.encoder import Encoder
 
 __all__ = ["Sample", "samples_of", "table_of"]
-
-FORMAT = 1  # raise it when the same rows would give other samples than before
 
 
 @dataclass
@@ -60,10 +61,7 @@ def samples_of(examples: datasets.Dataset, encoder: Encoder, *, labelled: bool =
 
     Columns: those of `table_of`. With *labelled* there are labels even where every token is supervised.
     """
-    import tokenizers
-
-    settings = f"{encoder.settings} {labelled} {tokenizers.__version__}"
-    key = f"samples {FORMAT} {examples._fingerprint} {_digest(encoder.tokenizer)} {settings}"
+    key = f"samples {_code()} {examples._fingerprint} {_digest(encoder.tokenizer)} {encoder.settings} {labelled}"
     labelled = labelled or encoder.labels
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -126,7 +124,19 @@ def _features(labelled: bool) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _code() -> str:
+    """Return a digest of what makes samples: the modules and templates beside this one, and the libraries that they call."""
+    libraries = [f"{name} {version(name)}" for name in ("tokenizers", "transformers", "jinja2")]
+    digest = hashlib.sha256("\n".join(libraries).encode())
+    folder = Path(__file__).parent
+    for path in sorted((*folder.glob("*.py"), *folder.glob("templates/*.jinja"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _digest(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(f"{content} {tokenizer.special_tokens_map}".encode()).hexdigest()
+    settings = "" if backend is not None else sorted(map(repr, tokenizer.init_kwargs.items()))
+    return hashlib.sha256(f"{content} {tokenizer.special_tokens_map} {settings}".encode()).hexdigest()

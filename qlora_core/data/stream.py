@@ -29,6 +29,7 @@ from qlora_core.providers import DatasetSource
 
 __all__ = ["Stream", "StreamedBlocks", "first_rows"]
 
+PIECES = 4  # rows per call of the tokenizer where each is a piece of a file of 64 Ki characters
 KEPT = 4096  # moments that are remembered: more than the Trainer ever reads ahead
 
 
@@ -58,9 +59,10 @@ class Stream:
         """Yield as many rows as the encoder takes at once, and the position after them."""
         with calling(self.source, "stream"):
             reader = iter(self.source.stream(position))
+        size = PIECES if self.encoder.continuous else min(self.encoder.rows, self.encoder.data.buffer)
         while True:
             with calling(self.source, "stream"):
-                batch = list(itertools.islice(reader, min(self.encoder.rows, self.encoder.data.buffer)))
+                batch = list(itertools.islice(reader, size))
             if not batch:
                 return
             yield [row for row, _ in batch], batch[-1][1]
@@ -77,7 +79,8 @@ class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.packed = data.packing
         self.labelled = labelled
         self.seed = seed
-        self._start: dict[str, Any] = {"window": 0, "streams": [_beginning() for _ in streams], "pending": []}
+        held = {**_beginning(), "surplus": [], "owed": 0.0}
+        self._start: dict[str, Any] = {"window": 0, "streams": [dict(held) for _ in streams], "pending": []}
         self._moments: deque[tuple[int, dict[str, Any], list[dict[str, Any]], int]] = deque(maxlen=KEPT)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -110,55 +113,58 @@ class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Any]]):
     def _window(self, readers: list[Iterator[list[Sample]]], state: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the blocks of the next samples, of each stream its share, in an order that only the seed decides."""
         total = sum(stream.weight for stream in self.streams)
-        samples: list[Sample] = []
-        for stream, reader in zip(self.streams, readers, strict=True):
-            wanted = max(1, round(self.data.buffer * stream.weight / total))
-            samples += self._good(reader, wanted, stream)
-        lengths = np.array([len(sample.ids) for sample in samples], np.int64)
-        bounds, chosen = pack(lengths, self.data.sequence_length) if self.packed else (None, None)
-        parts = [[sample] for sample in samples]
-        if bounds is not None and chosen is not None:
-            parts = [[samples[i] for i in chosen[a:b]] for a, b in itertools.pairwise(bounds)]
-        order = np.random.default_rng([self.seed, state["window"]]).permutation(len(parts))
+        items: list[dict[str, Any]] = []
+        for stream, reader, held in zip(self.streams, readers, state["streams"], strict=True):
+            share = held["owed"] + self.data.buffer * stream.weight / total
+            held["owed"] = share - int(share)
+            items += self._taken(reader, int(share), stream, held)
+        if not items:  # a buffer smaller than there are streams
+            return []
+        lengths = np.array([len(item["input_ids"]) for item in items], np.int64)
+        bounds, chosen = np.arange(len(items) + 1), np.arange(len(items))
+        if self.packed:
+            bounds, chosen = pack(lengths, self.data.sequence_length)
+        order = np.random.default_rng([self.seed, state["window"]]).permutation(len(bounds) - 1)
         state["window"] += 1
-        return [self._block(parts[index]) for index in order]
+        return [_joined([items[i] for i in chosen[bounds[index] : bounds[index + 1]]]) for index in order]
 
-    def _good(self, reader: Iterator[list[Sample]], wanted: int, stream: Stream) -> list[Sample]:
-        """Return at least *wanted* samples that can be used; whole batches, since a position stands after each."""
-        samples: list[Sample] = []
-        refused = 0
-        while len(samples) < wanted:
+    def _taken(self, reader: Iterator[list[Sample]], wanted: int, stream: Stream, held: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return *wanted* samples that can be used; *held* keeps those of the last batch that are too many."""
+        items, refused = list(held["surplus"]), 0
+        while len(items) < wanted:
             for sample in next(reader):
-                errors = [problem for problem in sample.problems if FINDINGS[problem.partition(":")[0]].error]
-                if errors and self.data.on_problem == "error":
-                    raise DataError(
-                        f"dataset: {stream.source.name!r}: {sample.origin}: {errors[0]}; mend it and go on with --resume, "
-                        "or set data.on_problem"
-                    )
-                if sample.supervised and (not errors or self.data.on_problem == "warn"):
-                    samples.append(sample)
+                if self._usable(sample, stream):
+                    items.append(self._item(sample))
                 else:
                     refused += 1
-            if not samples and refused > self.data.gate_rows:
+            if not items and refused > self.data.gate_rows:
                 raise DataError(f"dataset: {stream.source.name!r}: none of {refused:,} rows in turn can be used")
-        return samples
+        held["surplus"] = items[wanted:]
+        return items[:wanted]
 
-    def _block(self, samples: list[Sample]) -> dict[str, Any]:
-        block: dict[str, Any] = {"input_ids": np.concatenate([sample.ids for sample in samples])}
-        if self.labelled:
-            block["labels"] = np.concatenate([s.ids if s.labels is None else s.labels for s in samples])
-        return {**block, "lengths": [len(sample.ids) for sample in samples]}
+    def _usable(self, sample: Sample, stream: Stream) -> bool:
+        errors = [problem for problem in sample.problems if FINDINGS[problem.partition(":")[0]].error]
+        if errors and self.data.on_problem == "error":
+            raise DataError(
+                f"dataset: {stream.source.name!r}: {sample.origin}: {errors[0]}; mend the row in place, or set "
+                "data.on_problem, and go on with --resume"
+            )
+        return bool(sample.supervised) and (not errors or self.data.on_problem == "warn")
+
+    def _item(self, sample: Sample) -> dict[str, Any]:
+        labels = {"labels": sample.ids if sample.labels is None else sample.labels} if self.labelled else {}
+        return {"input_ids": sample.ids, **labels, "lengths": [len(sample.ids)]}
 
 
 def first_rows(stream: Stream, rows: int, *, labelled: bool) -> tuple[datasets.Dataset, str]:
-    """Return the samples of the first *rows* rows, in memory, for the gate; and a SHA-256 of their digests."""
+    """Return the samples of the first *rows* rows, in memory, for the gate, and a SHA-256 of their digests."""
     tables: list[pa.RecordBatch] = []
     seen, stream.encoder.state = 0, None
     for batch, _ in stream.rows():
         batch = batch[: rows - seen]
         tables.append(table_of(stream.encoder.encode(_columns(batch), seen), labelled))
         seen += len(batch)
-        if seen >= rows:
+        if max(seen, sum(map(len, tables))) >= rows:  # a row of text gives many samples
             break
     tables.append(table_of(stream.encoder.finish(), labelled))
     samples = datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_batches(tables)))
@@ -167,7 +173,14 @@ def first_rows(stream: Stream, rows: int, *, labelled: bool) -> tuple[datasets.D
 
 
 def _beginning() -> dict[str, Any]:
+    """Return where a pass begins."""
     return {"position": None, "row": 0, "encoder": None}
+
+
+def _joined(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the block that *items*, blocks of a sample each, make."""
+    arrays = {name: np.concatenate([item[name] for item in items]) for name in items[0] if name != "lengths"}
+    return {**arrays, "lengths": [length for item in items for length in item["lengths"]]}
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

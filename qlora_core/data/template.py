@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.data.chat import Turn, called, visible_end
 from qlora_core.data.findings import BadRow
+from qlora_core.data.specials import special_tokens
 from qlora_core.errors import ConfigError, Problem
 from qlora_core.validation import did_you_mean
 
@@ -84,10 +85,15 @@ class ChatTemplate:
 
         They are then spelt with ordinary tokens: legal, but the model has to learn a longer end of turn.
         """
-        known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        known |= {*tokenizer.all_special_tokens}
+        known = special_tokens(tokenizer)
         tokens = [self.special.get(token, token) for token in CONTROL_TOKENS.get(self.name, ())]
         return [token for token in tokens if token not in known]
+
+    def controls(self, token: str) -> bool:
+        """Return whether *token* is one that the template writes around turns; of ours it is known, elsewhere it stands there."""
+        if self.name in CONTROL_TOKENS:  # phi puts some together, chatml has words of tool calls that are text
+            return token in CONTROL_TOKENS[self.name]
+        return token in self.source or token in (self.tool_source or "")
 
     @cached_property
     def marked(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from qlora_core.config import DataConfig
 from qlora_core.data.encoder import Encoder
 from qlora_core.data.samples import Sample
+from qlora_core.data.specials import special_ids
 from qlora_core.data.template import begin_ids
 from qlora_core.errors import DataError
 
@@ -24,10 +25,10 @@ class TextEncoder(Encoder):
 
     rows = 64  # pieces of a file, of 64 Ki characters each
     labels = False
-    continuous = True
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig) -> None:
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig, *, continuous: bool = False) -> None:
         super().__init__(tokenizer, data)
+        self.continuous = continuous
         self.begin = np.array(begin_ids(tokenizer), dtype=np.int32)
         self.end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.int32)
         self.special = _special_table(tokenizer)
@@ -104,8 +105,7 @@ def _token_ids(tokenizer: transformers.PreTrainedTokenizerBase, texts: list[str]
 
 def _special_table(tokenizer: transformers.PreTrainedTokenizerBase) -> np.ndarray:
     """Return a table (vocabulary,) of bool: which ids are special tokens."""
-    special = {int(index) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     table = np.zeros(max(len(tokenizer), max(special, default=0) + 1), bool)
     table[list(special)] = True
     return table

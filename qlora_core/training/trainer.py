@@ -18,6 +18,7 @@ from qlora_core.data.collate import REAL_TOKENS, Collator
 from qlora_core.data.encode import Encoded
 from qlora_core.data.stream import StreamedBlocks
 from qlora_core.device import peak_memory_bytes
+from qlora_core.errors import DataError
 from qlora_core.packed import prepare_packed
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
@@ -229,7 +230,12 @@ class QLoRATrainer(transformers.Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of a step; a resumed stream's loader, just made, has drawn a number that it must not have."""
-        batches = super().get_batch_samples(*args, **kwargs)
+        try:
+            batches = super().get_batch_samples(*args, **kwargs)
+        except DataError:
+            if isinstance(self.train_dataset, StreamedBlocks) and self.state.global_step > self._stream_from:
+                self._save_checkpoint(self.model, None)  # so that what was trained is not lost with the row that is wrong
+            raise
         if self._generators is not None:
             checkpoint.restore_rng(self._generators)
             self._generators = None

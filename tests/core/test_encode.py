@@ -154,9 +154,10 @@ def test_without_packing_each_piece_is_a_block(tokenizer: Any, text: str) -> Non
 # Holding out
 
 
-def test_the_held_out_share_comes_from_the_end(tokenizer: Any, text: str) -> None:
-    source = Rows.of({"text": [text[:3000]]})
-    every = cut(stream(tokenizer, [text[:3000]]))
+def test_of_a_text_the_end_is_held_out(tokenizer: Any, text: str) -> None:
+    source = Rows.of({"text": [text[:1500], text[1500:3000]], "continues": [False, True]})
+    ids = [token for part in (text[:1500], text[1500:3000]) for token in stream(tokenizer, [part])[0][:-1]]
+    every = cut([[*ids, tokenizer.eos_token_id]])
     encoded = encode(source, tokenizer, data(eval_fraction=0.25))
     held_out = round(len(every) * 0.25)
     assert samples(encoded.eval) == sorted(every[-held_out:])
@@ -223,11 +224,11 @@ def test_a_mix_sees_each_source_as_often_as_its_weight_says(tokenizer: Any) -> N
     assert encode(mix, tokenizer, data()).fingerprint == encode(mix, tokenizer, data()).fingerprint
 
 
-def test_a_mix_holds_out_the_end_of_each_source_whatever_its_weight(tokenizer: Any) -> None:
+def test_a_mix_holds_out_of_each_source_whatever_its_weight(tokenizer: Any) -> None:
     sources = [[f"first {n}" for n in range(10)], [f"second {n}" for n in range(10)]]
     mix = [(Rows.of({"text": documents}), weight) for documents, weight in zip(sources, (3.0, 0.1), strict=True)]
     encoded = encode(mix, tokenizer, data(eval_fraction=0.2))
-    expected = [piece for documents in sources for piece in cut(stream(tokenizer, documents[-2:]))]
+    expected = [piece for documents in sources for piece in cut(stream(tokenizer, [documents[2], documents[7]]))]
     assert samples(encoded.eval) == sorted(expected)
 
 
@@ -359,3 +360,15 @@ def test_a_text_of_the_shared_data_gives_the_stream_of_the_library(tokenizer: An
     flat = [token for block in ids(encoded.train.select(range(100))) for token in block]
     beginning_of_text = path.read_text(encoding="utf-8")[:60_000]
     assert flat[:20_000] == tokenizer(beginning_of_text)["input_ids"][:20_000]
+
+
+def test_what_a_source_raises_while_it_is_read_is_not_laid_to_the_cache(tmp_path: Path, own_cache: None) -> None:
+    from qlora_core.data.arrow import cached_dataset
+
+    def broken() -> Any:
+        yield {"text": "a row"}
+        raise ConnectionResetError("the line is down")
+
+    with pytest.raises(ConnectionResetError, match="the line is down"):
+        cached_dataset(broken, {"text": datasets.Value("string")}, "broken")
+    assert cached_dataset(lambda: iter([{"text": "x"}]), {"text": datasets.Value("string")}, "broken")["text"][:] == ["x"]

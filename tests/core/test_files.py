@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from qlora_core import ConfigError, DataError
-from qlora_core.data.files import absolute, digest, files_in, opened, plain_suffix
+from qlora_core.data.files import absolute, digest, files_in, hold_rows, is_hub_name, opened, plain_suffix
 
 CONTENT = "".join(f"line {n} of a file\n" for n in range(50_000)).encode()
 
@@ -34,9 +34,10 @@ def test_the_suffix_of_a_compressed_file_is_that_of_its_content() -> None:
     assert plain_suffix("README") == plain_suffix("noise.gz") == ""
 
 
-def test_a_folder_gives_its_files_with_a_suffix_compressed_or_not_without_those_ignored(tmp_path: Path) -> None:
+def test_a_folder_gives_its_files_with_a_suffix_compressed_or_not_without_those_ignored_or_hidden(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    for name in ("b.txt.gz", "a.txt", "deep/c.md", "d.png", "deep/state.md"):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("b.txt.gz", "a.txt", "deep/c.md", "d.png", "deep/state.md", "._a.txt", ".ipynb_checkpoints/a.txt"):
         (tmp_path / name).write_bytes(b"x")
     found = files_in("path", str(tmp_path), (".txt", ".md"), ignored=("state.md",))
     assert [str(file.relative_to(tmp_path)) for file in found] == ["a.txt", "b.txt.gz", "deep/c.md"]
@@ -50,6 +51,45 @@ def test_paths_without_a_file_are_refused_with_what_was_looked_for(tmp_path: Pat
     with pytest.raises(ConfigError) as caught:
         files_in("path", str(tmp_path / path), (".txt", ".md", ".rst"))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "rows"),
+    [
+        (["R.JSONL"], "R.JSONL", True),
+        (["r.jsonl.zstd"], "r.jsonl.zstd", True),
+        (["r.Json.GZ"], "r.Json.GZ", True),
+        (["t.txt"], "t.txt", False),
+        (["t.log"], "t.log", False),
+        ([], "missing.csv", True),
+        ([], "missing.txt", False),
+        (["a.jsonl", "deep/b.csv.gz"], "", True),
+        (["data/a.parquet", "README.md"], "", True),
+        (["a.txt", "about.json"], "", False),
+        (["a.md.gz", "about.json"], "", False),
+        (["a.png"], "", False),
+        ([], "", False),
+        (["UP.CSV", "UP.JSONL"], "UP.*", True),
+        (["a.txt", "b.txt"], "*.txt", False),
+        (["a.txt", "b.jsonl"], "*", True),
+        (["deep/b.jsonl"], "**/*.jsonl", True),
+        ([], "*.jsonl", True),
+        (["[a].txt", "a.jsonl"], "[a].txt", False),
+    ],
+)
+def test_files_hold_rows_or_text(tmp_path: Path, names: list[str], path: str, rows: bool) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert hold_rows(str(tmp_path / path)) is rows
+
+
+def test_the_name_of_a_dataset_on_the_hub_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["openai/gsm8k", "teknium/OpenHermes-2.5", "a/b.jsonl", "a/b.txt", "a/B.MD", "a/b.csv.zst", "a/b.gz", "a", "a/b/c"]
+    assert [name for name in [*names, "./a/b", "/a/b", "a/*", "", ("a/b",)] if is_hub_name(name)] == names[:2]
+    (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
+    assert not is_hub_name("openai/gsm8k")
 
 
 def test_paths_become_absolute_and_empty_ones_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

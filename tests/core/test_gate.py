@@ -126,6 +126,25 @@ def test_training_rows_that_are_held_out_too_are_counted_and_left_out_only_on_de
     assert (encoded.train.samples, encode(source, tokenizer, data(deduplicate=True)).train.samples) == (3, 2)
 
 
+def test_rows_that_repeat_or_are_held_out_are_found_over_all_sources_of_a_mix(tokenizer: Any) -> None:
+    first = Rows.of([{"messages": messages} for messages in (GOOD, answer("Other."), answer("Third."))])
+    second = Rows.of([{"messages": messages} for messages in (answer("Fourth."), GOOD)], [{"messages": answer("Other.")}])
+    mix = [(first, 1.0), (second, 1.0)]
+    encoded = encode(mix, tokenizer, data())
+    assert encoded.findings["train"]["duplicate"].count == 1
+    assert encoded.findings["train"]["overlap"].count == 1
+    assert (encoded.train.samples, encode(mix, tokenizer, data(deduplicate=True)).train.samples) == (5, 3)
+
+
+def test_too_long_rows_name_the_length_that_would_keep_all_of_every_source(tokenizer: Any, caplog: Any) -> None:
+    mix = [(chats(GOOD, answer("word " * number)), 1.0) for number in (400, 200)]
+    with caplog.at_level(logging.WARNING, "qlora_core"):
+        encoded = encode(mix, tokenizer, data(on_problem="skip"))
+    needs = encoded.findings["train"]["long"].needs
+    assert f"set data.sequence_length to {needs} to keep all" in caplog.text
+    assert encode(mix, tokenizer, data(sequence_length=needs)).train.samples == 4
+
+
 def test_a_template_that_never_ends_a_turn_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "endless.jinja"
     turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -133,6 +152,9 @@ def test_a_template_that_never_ends_a_turn_is_refused(tokenizer: Any, tmp_path: 
     with pytest.raises(DataError) as caught:
         encode(chats(GOOD, answer("Other.")), tokenizer, data(template=str(path)))
     assert "2 supervised turns and the end of none is supervised: the template puts no special token" in str(caught.value)
+    with pytest.raises(DataError):
+        encode(chats(GOOD, answer("Other.")), tokenizer, data(template=str(path), on_problem="skip"))
+    assert encode(chats(GOOD, answer("Other.")), tokenizer, data(template=str(path), on_problem="warn")).train.samples == 2
 
 
 def test_special_tokens_in_raw_text_are_a_warning(tokenizer: Any) -> None:

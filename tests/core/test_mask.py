@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from qlora_core.data.chat import checked
 from qlora_core.data.findings import BadRow
-from qlora_core.data.mask import IGNORED, Sample, end_of_turn, joined, tokenized, typed_specials
+from qlora_core.data.mask import IGNORED, Masked, end_of_turn, joined, tokenized, typed_specials
 from qlora_core.data.template import ChatTemplate
 from qlora_core.errors import ModelError
 
@@ -109,7 +109,7 @@ def one(
     wanted: str | None = None,
     train_on: str = "assistant",
     tools: Any = None,
-) -> Sample:
+) -> Masked:
     sample = tokenized(tokenizer, template_of(tokenizer, wanted), [(messages, tools)], train_on)[0]
     if isinstance(sample, BadRow):
         raise sample
@@ -119,13 +119,13 @@ def one(
     return sample
 
 
-def pieces(tokenizer: transformers.PreTrainedTokenizerFast, sample: Sample) -> list[tuple[str, bool]]:
+def pieces(tokenizer: transformers.PreTrainedTokenizerFast, sample: Masked) -> list[tuple[str, bool]]:
     """Each token as it is written in the vocabulary, and whether it is supervised."""
     tokens = tokenizer.convert_ids_to_tokens(sample.input_ids.tolist())
     return list(zip(tokens, (sample.labels != IGNORED).tolist(), strict=True))
 
 
-def marked(tokenizer: transformers.PreTrainedTokenizerFast, sample: Sample) -> str:
+def marked(tokenizer: transformers.PreTrainedTokenizerFast, sample: Masked) -> str:
     """The text, with what is supervised in ⟦ ⟧; each run of tokens is decoded by itself."""
     text, run = "", []
     kept = (sample.labels != IGNORED).tolist()
@@ -293,7 +293,7 @@ def test_where_two_tokens_end_a_turn_the_last_is_its_end(tokenizers: Tokenizers,
         "x", source + "{{ '<|assistant|>' if add_generation_prompt else eos_token }}", special=NAMED["phi3"]
     )
     sample = tokenized(tokenizer, template, [(chat("Hi", "Hello", "Hi", "Hello"), None)])[0]
-    assert isinstance(sample, Sample)
+    assert isinstance(sample, Masked)
     turn = "<|user|>Hi<|system|><|end|><|assistant|>⟦Hello<|system|><|end|>⟧"
     assert marked(tokenizer, sample) == f"{turn}{turn}<|endoftext|>"
     assert (sample.turns, sample.ended) == (2, 2)
@@ -305,7 +305,7 @@ def test_special_tokens_before_the_end_of_turn_are_no_end(tokenizers: Tokenizers
     template = ChatTemplate("x", source.replace("'\\n\\n'", "'<|end|>'"))
     turn = {"role": "assistant", "content": "Hello", "tail": "<|user|><|system|>"}
     sample = tokenized(tokenizer, template, [([*chat("Hi"), turn], None)])[0]
-    assert isinstance(sample, Sample)
+    assert isinstance(sample, Masked)
     assert marked(tokenizer, sample).endswith("⟦Hello<|user|><|system|><|end|>⟧")
 
 
@@ -315,7 +315,7 @@ def test_an_unknown_character_at_the_end_is_no_end_of_turn(tokenizers: Tokenizer
     assert pieces(tokenizer, sample)[-3:] == [("▁", True), ("<unk>", True), ("</s>", True)]
     template = ChatTemplate("x", (FOLDER / "alpaca.jinja").read_text().replace("\\n\\n", ""))
     alone = tokenized(tokenizer, template, [(chat("Hi", "Hello ☃"), None)])[0]
-    assert isinstance(alone, Sample)
+    assert isinstance(alone, Masked)
     assert alone.ended == 0
     assert pieces(tokenizer, alone)[-3:] == [("Hello", True), ("▁", True), ("<unk>", True)]
 
@@ -360,13 +360,13 @@ def test_a_token_that_spans_prompt_and_answer_is_not_supervised(tokenizers: Toke
     spanning, fitting, inner = (
         tokenized(tokenizer, template, [(chat("Hi", text), None)])[0] for text in ("Hello you", ".Hello", " Hello")
     )
-    assert isinstance(spanning, Sample)
+    assert isinstance(spanning, Masked)
     assert pieces(tokenizer, spanning)[-4:] == [(":", False), ("ĠHello", False), ("Ġyou", True), ("Ċ", True)]
     assert spanning.merged == 1
-    assert isinstance(inner, Sample)
+    assert isinstance(inner, Masked)
     assert inner.merged == 0  # the first of two spaces is a token of its own, and the prompt's
     assert pieces(tokenizer, inner)[-4:] == [(":", False), ("Ġ", False), ("ĠHello", True), ("Ċ", True)]
-    assert isinstance(fitting, Sample)
+    assert isinstance(fitting, Masked)
     assert [piece for piece in pieces(tokenizer, fitting) if piece[1]][-1] == ("Ċ", True)
 
 
@@ -374,8 +374,8 @@ def test_a_bad_chat_does_not_stop_the_others(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers("mistral")
     chats = [chat("Hi", "Hello"), [*chat("Hi"), *chat("Hi")], chat("Hi", "\ud83d"), chat("Bye", "Bye")]
     first, refused, half, last = tokenized(tokenizer, template_of(tokenizer), [(messages, None) for messages in chats])
-    assert isinstance(first, Sample)
-    assert isinstance(last, Sample)
+    assert isinstance(first, Masked)
+    assert isinstance(last, Masked)
     assert first.input_ids.tolist() == one(tokenizer, chats[0]).input_ids.tolist()
     assert last.labels.tolist() == one(tokenizer, chats[3]).labels.tolist()
     assert isinstance(refused, BadRow)
@@ -405,15 +405,15 @@ def test_truncation_and_padding_left_in_the_tokenizer_are_switched_off(tokenizer
 def test_prompt_and_completion_are_joined_as_one_text(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers("qwen25")
     good, spanning, half = joined(tokenizer, [("Hi there", " you"), ("Hi ", "there you"), ("Hi", "\udc00")])
-    assert isinstance(good, Sample)
+    assert isinstance(good, Masked)
     assert pieces(tokenizer, good) == [("Hi", False), ("Ġthere", False), ("Ġyou", True), ("<|im_end|>", True)]
     assert (good.turns, good.ended, good.merged) == (1, 1, 0)
-    assert isinstance(spanning, Sample)
+    assert isinstance(spanning, Masked)
     assert pieces(tokenizer, spanning) == [("Hi", False), ("Ġthere", False), ("Ġyou", True), ("<|im_end|>", True)]
     assert spanning.merged == 1
     assert isinstance(half, BadRow)
     whole = joined(tokenizer, [("Hi", " you")], masked=False)[0]
-    assert isinstance(whole, Sample)
+    assert isinstance(whole, Masked)
     assert whole.labels.tolist() == whole.input_ids.tolist()
 
 
@@ -424,7 +424,7 @@ def test_a_joined_text_begins_as_the_tokenizer_begins_texts(tokenizers: Tokenize
     )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **NAMED["mistral"])
     sample = joined(tokenizer, [("Hi there", " Hello")])[0]
-    assert isinstance(sample, Sample)
+    assert isinstance(sample, Masked)
     assert pieces(tokenizer, sample) == [("<s>", False), ("▁Hi", False), ("▁there", False), ("▁Hello", True), ("</s>", True)]
     assert sample.input_ids.tolist() == [*tokenizer("Hi there Hello")["input_ids"], tokenizer.eos_token_id]
 
@@ -470,7 +470,7 @@ def test_real_chats_with_a_real_tokenizer(demo_folder: Path, wanted: str | None)
     for name, chats in real_chats().items():
         samples = tokenized(tokenizer, template, [(checked(messages), None) for messages in chats])
         for messages, sample in zip(chats, samples, strict=True):
-            assert isinstance(sample, Sample), name
+            assert isinstance(sample, Masked), name
             answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
             said = "".join((text.strip() if wanted == "plain" else text) + "<|im_end|>" for text in answers)
             assert tokenizer.decode(sample.labels[sample.labels != IGNORED]) == said

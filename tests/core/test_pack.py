@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qlora_core.data.pack import efficiency, pack
+from qlora_core.data.pack import pack
 
 
 def blocks(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -60,13 +60,6 @@ def test_the_same_lengths_give_the_same_blocks() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_efficiency_is_the_share_of_positions_that_hold_tokens() -> None:
-    lengths = np.array([5, 8, 3, 6])
-    offsets, _ = pack(lengths, 8)
-    assert efficiency(offsets, lengths, 8) == pytest.approx(22 / 24)
-    assert efficiency(pack(lengths[:0], 8)[0], lengths[:0], 8) == 1.0
-
-
 @pytest.mark.parametrize("lengths", [[3, 0], [9], [-1]])
 def test_a_sample_without_tokens_or_too_long_for_a_block_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match=r"lengths must be from 1 to 8 \(got"):
@@ -79,4 +72,4 @@ def test_a_million_samples_take_seconds_and_fill_their_blocks(capacity: int) -> 
     started = time.process_time()
     offsets, _ = pack(lengths, capacity)
     assert time.process_time() - started < 5  # 0.2 s where it was written
-    assert efficiency(offsets, lengths, capacity) > 0.99
+    assert lengths.sum() / ((len(offsets) - 1) * capacity) > 0.99

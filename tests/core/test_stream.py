@@ -102,7 +102,7 @@ def test_the_gate_sees_the_first_rows_before_and_each_later_row_as_it_comes(toke
     with pytest.raises(DataError, match="counted:6: the completion is empty"):
         encode(source(bad=5), tokenizer, data())
     train = encode(source(bad=100), tokenizer, data()).train
-    with pytest.raises(DataError, match="counted:101: empty: the completion is empty; mend it and go on with --resume"):
+    with pytest.raises(DataError, match="counted:101: empty: the completion is empty; mend the row in place"):
         blocks(train, 200)
     skipping = encode(source(bad=100, rows=120), tokenizer, data(on_problem="skip", packing=False, buffer=119)).train
     assert len({tuple(ids) for ids, _, _ in blocks(skipping, 119)}) == 119
@@ -138,9 +138,23 @@ def test_a_mix_takes_its_shares_of_every_buffer(tokenizer: Any) -> None:
         def examples(self, split: str) -> datasets.Dataset | None:
             return text if split == "train" else None
 
-    train = encode([(source(), 3.0), (Tokens(), 1.0)], tokenizer, data(packing=False, buffer=200)).train
-    window = blocks(train, 200)
-    assert 30 <= sum(ids == [5, 6, 7] for ids, _, _ in window) <= 60
+    for weights, expected in (((3.0, 1.0), 50), ((99.0, 1.0), 2), ((1.0, 9.0), 180)):
+        mix = [(source(), weights[0]), (Tokens(), weights[1])]
+        window = blocks(encode(mix, tokenizer, data(packing=False, buffer=40)).train, 200)
+        assert sum(ids == [5, 6, 7] for ids, _, _ in window) == expected
+
+
+def test_training_rows_that_are_held_out_too_are_found_among_the_first(tokenizer: Any) -> None:
+    held_out = datasets.Dataset.from_dict({"prompt": ["Say it."] * 2, "completion": ["row 0 ", "no such row"]})
+
+    class Both(Counted):
+        def examples(self, split: str) -> datasets.Dataset | None:
+            return held_out if split == "eval" else None
+
+    made = Both()
+    made.read = []
+    found = encode(made, tokenizer, data()).findings["train"]["overlap"]
+    assert (found.count, found.examples) == (1, ["counted:1"])
 
 
 def test_what_a_stream_can_not_hold_out_is_refused(tokenizer: Any) -> None:

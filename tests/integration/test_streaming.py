@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from qlora_bitsandbytes import NF4
-from qlora_core import ConfigError, RunConfig, finetune
+from qlora_core import ConfigError, DataError, Run, RunConfig, RunError, finetune
 from qlora_core.parts import resolve
 from qlora_core.registry import Registry
 from qlora_peft import LoRA
@@ -69,6 +69,25 @@ def test_a_resumed_stream_ends_in_the_same_bits_and_seeks(
     assert positions[-1] is not None  # training went on where it had read to; what came before is the gate
     losses = [line["loss"] for line in whole["metrics"] if "loss" in line]
     assert [line["loss"] for line in resumed["metrics"] if "loss" in line][-3:] == losses[-3:]
+
+
+def test_a_row_that_stops_a_stream_loses_no_step_and_can_be_left_out(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    lines = chats.read_text().splitlines()
+    lines[120] = json.dumps({"prompt": "Number 120?", "completion": ""})
+    chats.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=r"chats\.jsonl:121: empty: .* go on with --resume"):
+        train(tiny_model, chats, tmp_path / "run", 60, packing=False)
+    saved = Run(tmp_path / "run", RunConfig.read(tmp_path / "run" / "config.yaml")).checkpoints()
+    assert int(saved[-1].name.removeprefix("step-")) > 15
+    finished = train(tiny_model, chats, tmp_path / "run", 60, packing=False, resume=True, on_problem="skip")
+    assert finished["metrics"][-1]["step"] == 60
+
+
+def test_a_run_is_not_resumed_on_other_data(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    train(tiny_model, chats, tmp_path / "run", 3)
+    chats.write_text("\n".join(reversed(chats.read_text().splitlines())) + "\n")
+    with pytest.raises(RunError, match=r"dataset: the data are not those that the run in .* began with"):
+        train(tiny_model, chats, tmp_path / "run", 6, resume=True)
 
 
 def test_nothing_of_a_stream_is_stored(tiny_model: Path, chats: Path, tmp_path: Path, own_cache: None) -> None:

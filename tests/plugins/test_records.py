@@ -19,9 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_core import ConfigError, DataError
+from qlora_core.data.chat import checked, checked_tools
+from qlora_core.data.files import ROWS
+from qlora_core.data.findings import BadRow
 from qlora_records import Records
 from qlora_records.forms import recognise
-from qlora_records.rows import Hub
+from qlora_records.rows import READERS, Hub
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 PAIR = {"prompt": "2 + 2?", "completion": "4"}
@@ -170,6 +173,10 @@ def test_a_byte_order_mark_and_windows_line_ends_are_dropped(tmp_path: Path, nam
     assert list(source.stream(streamed[0][1])) == streamed[1:]
 
 
+def test_there_is_a_reader_for_each_suffix_of_rows() -> None:
+    assert tuple(READERS) == ROWS
+
+
 def test_a_file_a_list_a_glob_and_a_folder_give_their_files_in_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         lines(tmp_path / name, {"text": name})
@@ -215,9 +222,23 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
         ({"instruction": "Add", "input": "", "output": "4", "text": "x"}, {"prompt": "Add", "completion": "4"}),
         ({"instruction": "Add", "context": "2 + 2", "response": "4"}, {"prompt": "Add\n\n2 + 2", "completion": "4"}),
         ({"system_prompt": "S", "question": "Q", "response": "R"}, {"prompt": "Q", "completion": "R", "system": "S"}),
+        ({"question": "2 + 2?", "context": "Maths", "answer": "4"}, {"prompt": "2 + 2?\n\nMaths", "completion": "4"}),
+        (
+            {"question": "2 + 2?", "input": "", "context": "Maths", "answer": "4"},
+            {"prompt": "2 + 2?\n\nMaths", "completion": "4"},
+        ),
+        ({"input": "2 + 2?", "context": "Maths", "output": "4"}, {"prompt": "2 + 2?\n\nMaths", "completion": "4"}),
+        ({"question": "2 + 2?", "context": {"sentences": ["Maths"]}, "answer": "4"}, PAIR),
         ({"prompt": 2, "completion": 4.5}, {"prompt": "2", "completion": "4.5"}),
         ({"text": "once", "meta": {"a": 1}}, {"text": "once"}),
         ({"input_ids": [1, 2], "attention_mask": [1, 1]}, {"input_ids": [1, 2]}),
+        ({"input_ids": [1, 2, 0, 0], "attention_mask": [1, 1, 0, 0]}, {"input_ids": [1, 2]}),
+        (
+            {"input_ids": [0, 1, 2, 0], "labels": [-100, -100, 2, -100], "attention_mask": "[0, 1, 1, 0]"},
+            {"input_ids": [1, 2], "labels": [-100, 2]},
+        ),
+        ({"input_ids": [0, 0], "attention_mask": [0, 0]}, {"input_ids": []}),
+        ({"input_ids": [1, 2], "attention_mask": None}, {"input_ids": [1, 2]}),
         ({"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [1, 2], "labels": [-100, 2]}),
         ({"messages": CHAT}, {"messages": CHAT}),
         ({"messages": json.dumps(CHAT)}, {"messages": CHAT}),
@@ -248,6 +269,23 @@ def test_the_form_of_rows_is_recognised(tmp_path: Path, row: dict[str, Any], exp
         ),
         ({"text": ""}, "records: texts from the column text"),
         ({"input_ids": [1], "labels": [1]}, "records: token ids from the columns input_ids and labels"),
+        (
+            {"input_ids": [1], "attention_mask": [1], "token_type_ids": [0]},
+            "records: token ids from the columns input_ids and attention_mask; not used: token_type_ids",
+        ),
+        (
+            {"id": 1, "name": "n", "question": "", "context": "c", "answer": "", "meta": {"a": 1}},
+            "records: prompts and completions from the columns question, answer and context (input); not used: id, name, meta",
+        ),
+        (
+            {"instruction": "", "system_prompt": "", "instances": [{"input": "", "output": "", "id": 1}]},
+            "records: prompts and completions from the columns instruction, instances[].output, system_prompt (system) and "
+            "instances[].input (input); not used: instances[].id",
+        ),
+        (
+            {"text": "", **{f"c{n}": n for n in range(10)}},
+            "records: texts from the column text; not used: c0, c1, c2, c3, c4, c5, c6, c7 and 2 more",
+        ),
     ],
 )
 def test_auto_says_what_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture, row: dict[str, Any], said: str) -> None:
@@ -296,7 +334,50 @@ def test_optional_parts_may_be_missing_from_any_row(tmp_path: Path) -> None:
     assert [row["prompt"] for row in contents(late)] == ["A", "A\n\nC"]
 
 
+def test_each_row_may_have_another_of_the_usual_columns(tmp_path: Path) -> None:
+    pairs = [PAIR, {**PAIR, "system_prompt": "S"}, {**PAIR, "system": "T"}, {**PAIR, "system": "", "system_prompt": "U"}]
+    assert [row["system"] for row in contents(lines(tmp_path / "p.jsonl", *pairs))] == [None, "S", "T", "U"]
+    chats = [{"messages": CHAT}, {"messages": CHAT, "system_prompt": "S"}, {"messages": CHAT, "tools": [{"name": "f"}]}]
+    rows = contents(lines(tmp_path / "c.jsonl", *chats))
+    assert [row["messages"] for row in rows] == [CHAT, [{"role": "system", "content": "S"}, *CHAT], CHAT]
+    assert [row["tools"] for row in rows] == [None, None, [{"name": "f"}]]
+    asked = [{"question": "2 + 2?", "answer": "4"}, {"question": "2 + 2?", "answer": "4", "context": "Maths"}]
+    assert [row["prompt"] for row in contents(lines(tmp_path / "q.jsonl", *asked))] == ["2 + 2?", "2 + 2?\n\nMaths"]
+    named = contents(lines(tmp_path / "n.jsonl", {**PAIR, "system": "T", "rules": "S"}), system="rules")
+    assert named == [{**PAIR, "system": "S"}]
+
+
 # Turns
+
+
+def test_weights_that_change_nothing_are_dropped(tmp_path: Path) -> None:
+    weighted = [{**CHAT[0], "weight": 0}, {**CHAT[1], "weight": 1}, {**CHAT[0], "weight": None}, {**CHAT[1], "weight": None}]
+    assert contents(lines(tmp_path / "r.jsonl", {"messages": weighted})) == [{"messages": CHAT * 2}]
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "found"),
+    [
+        ({"messages": "Hi"}, {"messages": ["Hi"]}, "role: turn 1: str, not an object with role and content"),
+        ({"messages": None}, {"messages": [None]}, "role: turn 1: nothing, not an object with role and content"),
+        ({"messages": {"a": 1}}, {"messages": [{"a": 1}]}, "role: turn 1: no role; its keys are a"),
+        ({"messages": [{}, 1]}, {"messages": [{}, 1]}, "role: turn 1: no role; its keys are none"),
+        ({"messages": [3]}, {"messages": [3]}, "role: turn 1: int, not an object with role and content"),
+        ({"messages": CHAT, "tools": 3}, {"messages": CHAT, "tools": 3}, "call: tools: int, not a list"),
+        ({"messages": CHAT, "tools": {"a": 1}}, {"messages": CHAT, "tools": {"a": 1}}, "call: tools: dict, not a list"),
+        ({"messages": CHAT, "tools": [3]}, {"messages": CHAT, "tools": [3]}, "call: tool 1: int, not an object"),
+        ({"messages": CHAT, "tools": "[{]"}, {"messages": CHAT, "tools": "[{]"}, "call: tools: no JSON ("),
+        ({"messages": CHAT, "tools": ["f"]}, {"messages": CHAT, "tools": ["f"]}, "call: tool 1: no JSON ("),
+    ],
+)
+def test_chats_that_are_none_are_left_to_the_gate(
+    tmp_path: Path, row: dict[str, Any], given: dict[str, Any], found: str
+) -> None:
+    made = contents(lines(tmp_path / "r.jsonl", {"messages": CHAT}, row))[1]
+    assert {key: value for key, value in made.items() if value is not None} == given
+    with pytest.raises(BadRow) as caught:
+        _ = checked(made["messages"]), checked_tools(made["tools"])
+    assert str(caught.value).startswith(found)
 
 
 def test_tool_calls_and_tools_survive_whatever_their_shapes(tmp_path: Path) -> None:
@@ -421,16 +502,37 @@ BAD_UTF8 = json.dumps(PAIR).encode().replace(b"2 + 2?", b"\xff")
             b'{"input_ids": [1]}\n{"input_ids": [1], "labels": [1]}',
             ":2: a column 'labels'; the row has input_ids, labels",
         ),
-        ("r.jsonl", b'{"messages": []}\n{"messages": "Hi"}', ":2: messages is a text that is no JSON ("),
-        ("r.jsonl", b'{"messages": []}\n{"messages": {"a": 1}}', ":2: messages is an object, not a list of messages"),
-        ("r.jsonl", b'{"messages": []}\n{"messages": [{}, 1]}', ":2: messages[0] has neither role nor from (it has nothing)"),
         (
             "r.jsonl",
-            b'{"messages": []}\n{"messages": [3]}',
-            ":2: messages[0] is a number, not a message; a message is {role, content}",
+            b'{"input_ids": [1]}\n{"input_ids": [1, 2], "attention_mask": [1]}',
+            ":2: attention_mask has 1 entries, input_ids has 2; mend the row",
         ),
-        ("r.jsonl", b'{"messages": [], "tools": 3}', ":1: tools is a number, not a list of tools"),
-        ("r.jsonl", b'{"messages": [], "tools": [3]}', ":1: tools[0] is a number, not the description of a function"),
+        (
+            "r.jsonl",
+            b'{"input_ids": [1, 2], "labels": [1], "attention_mask": [1, 0]}',
+            ":1: attention_mask has 2 entries, labels has 1; mend the row",
+        ),
+        (
+            "r.jsonl",
+            b'{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}',
+            ":1: attention_mask must be 1 for tokens that belong together and 0 for padding around them; mend the row",
+        ),
+        ("r.jsonl", b'{"input_ids": [1, 2], "attention_mask": [1, 2]}', ":1: attention_mask must be 1 for tokens that belong"),
+        (
+            "r.jsonl",
+            b'{"input_ids": [1], "attention_mask": "x"}',
+            ":1: attention_mask is a text that is no list; write [1, 2, 3]",
+        ),
+        (
+            "r.jsonl",
+            b'{"messages": []}\n{"messages": [{"role": "user"}, {"role": "assistant", "content": "a", "weight": 0}]}',
+            ":2: messages[1] has the weight 0, and every answer of a chat is trained alike; leave the chat out, end it before",
+        ),
+        (
+            "r.jsonl",
+            b'{"conversations": [{"from": "gpt", "value": "a", "weight": 0.5}]}',
+            ":1: conversations[0] has the weight 0.5, and every answer",
+        ),
         ("r.jsonl", b"", ": holds no rows; leave the file out, or put rows into it"),
         ("r.jsonl", b"\n \r\n\n", ": holds no rows"),
         ("r.json", b"", ": holds no rows"),
