@@ -90,7 +90,7 @@ class ChatTemplate:
         return [token for token in tokens if token not in known]
 
     def controls(self, token: str) -> bool:
-        """Return whether *token* is one that the template writes around turns; of ours it is known, elsewhere it stands there."""
+        """Return whether *token* is one that the template writes around turns; of ours it is known."""
         if self.name in CONTROL_TOKENS:  # phi puts some together, chatml has words of tool calls that are text
             return token in CONTROL_TOKENS[self.name]
         return token in self.source or token in (self.tool_source or "")
