@@ -28,7 +28,7 @@ REMEDY = "set data.packing=false"
 def prepare_packed(model: torch.nn.Module) -> None:
     """Make *model* ready for packed batches, or raise ModelError where its documents would see each other.
 
-    Idempotent and cheap: a few forward passes over some 30 tokens. Weights, mode and generators stay as they are.
+    Idempotent and cheap: a few forward passes over at most 96 tokens. Weights, mode and generators stay as they are.
     """
     guard(model)
     base = base_of(model)
@@ -133,13 +133,14 @@ def check_packing(model: torch.nn.Module) -> None:
     vocabulary = base.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     document, *others = (torch.randint(vocabulary, (length,), generator=generator) for length in (19, 13, 13))
+    size = len(document)
     with _at_rest(model):
-        alone = _logits(model, [document])
+        alone = _logits(model, [document])[0]
         joined = [torch.cat([other, document]) for other in others]
-        beside = [_logits(model, [document], [both[: len(document)]]) for both in joined]
-        within = [_logits(model, [both])[-len(document) :] for both in joined]
+        beside = [_logits(model, [document], [both[:size]])[0] for both in joined]
+        within = [_logits(model, [both])[0, -size:] for both in joined]
         try:
-            packed = [_logits(model, [other, document]) for other in others]
+            pairs, ahead = _packed(model, document, *others)
         except Exception as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"{type(base).__name__} takes no packed batches: {first[:200]}; {REMEDY}") from error
@@ -151,24 +152,39 @@ def check_packing(model: torch.nn.Module) -> None:
         return float((a - b).square().mean().sqrt() / spread)
 
     batch = 3 * max(differ(*beside), differ(beside[0], alone))
-    leak, most = differ(*packed), max(1e-5, batch, min(_noise(model), 0.1 * differ(*within)))
-    apart, far = differ(packed[0], alone), max(batch, _noise(model))
+    leak, most = max(differ(*pair) for pair in pairs), max(1e-5, batch, min(_noise(model), 0.1 * differ(*within)))
+    apart, far = max(differ(one, alone) for one in (ahead, *(pair[0] for pair in pairs))), max(batch, _noise(model))
     logger.debug("packing: leak %.1e of at most %.1e, apart %.1e of at most %.1e", leak, most, apart, far)
     if leak > most or apart > far:
         what = "documents of a packed batch see each other" if leak > most else "a packed document differs from one alone"
-        size = leak if leak > most else apart
-        raise ModelError(f"{type(base).__name__}: {what} (logits differ by {size:.2g} of their spread); {REMEDY}")
+        by = leak if leak > most else apart
+        raise ModelError(f"{type(base).__name__}: {what} (logits differ by {by:.2g} of their spread); {REMEDY}")
+
+
+def _packed(
+    model: torch.nn.Module, document: torch.Tensor, one: torch.Tensor, two: torch.Tensor
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """Return pairs of the logits of *document*, packed after *one* and after *two*, and those of it before another.
+
+    A row is packed by itself, and among others whose documents begin elsewhere: flash_attention_2 looks for documents in
+    batches of one row only, and takes each row of a larger one for one document.
+    """
+    size = len(document)
+    single = [_logits(model, [other, document])[0, -size:] for other in (one, two)]
+    batches = [_logits(model, [document, a], [a, document], [b, document]) for a, b in ((one, two), (two, one))]
+    among = [(batches[0][row, -size:], batches[1][row, -size:]) for row in (1, 2)]
+    return [(single[0], single[1]), *among], batches[0][0, :size]
 
 
 def _logits(model: torch.nn.Module, *rows: list[torch.Tensor]) -> torch.Tensor:
-    """Return the logits (T, V) float32 of the last document of the first of *rows*; rows of several documents are packed."""
+    """Return the logits (B, T, V) float32 of *rows*, T tokens each; those of several documents are packed."""
     device = next(model.parameters()).device
     batch = {"input_ids": torch.stack([torch.cat(row) for row in rows]).to(device)}
     if any(len(row) > 1 for row in rows):
         positions = [torch.cat([torch.arange(len(document)) for document in row]) for row in rows]
         batch["position_ids"] = torch.stack(positions).to(device)
     logits: torch.Tensor = model(**batch, use_cache=False).logits
-    return logits[0, -len(rows[0][-1]) :].float()
+    return logits[:, -batch["input_ids"].shape[1] :].float()  # prompt tuning puts some before
 
 
 def _noise(model: torch.nn.Module) -> float:

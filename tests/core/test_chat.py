@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_core.data.chat import answered, checked, checked_tools, of_pair, said
+from qlora_core.data.chat import answered, checked, checked_pair, checked_tools, of_pair, said
 from qlora_core.data.findings import FINDINGS, BadRow
 
 S, U, A = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
@@ -134,6 +134,20 @@ def test_a_pair_is_a_chat_of_one_question() -> None:
     assert of_pair("p", "c") == [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
     assert of_pair("p", "c", "s")[0] == {"role": "system", "content": "s"}
     assert of_pair("p", "c", "") == of_pair("p", "c")
+
+
+def test_a_pair_to_be_joined_is_text_with_the_system_before_the_prompt() -> None:
+    assert checked_pair("p", "c") == checked_pair("p", "c", None) == checked_pair("p", "c", "") == ("p", "c")
+    assert checked_pair("", " c") == ("", " c")
+    assert checked_pair("p", "c", "s") == ("s\n\np", "c")
+    for pair, message in (
+        ((None, "c"), "empty: there is no prompt"),
+        (("p", None), "empty: the completion is empty"),
+        (("p", "c", 5), "content: the system is int, not text"),
+    ):
+        with pytest.raises(BadRow) as caught:
+            checked_pair(*pair)
+        assert str(caught.value) == message
 
 
 def test_tools_lose_what_arrow_filled_and_may_be_json_text() -> None:

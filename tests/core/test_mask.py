@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from qlora_core.data.chat import checked
 from qlora_core.data.findings import BadRow
 from qlora_core.data.mask import IGNORED, Masked, end_of_turn, joined, tokenized, typed_specials
+from qlora_core.data.specials import special_ids, special_tokens
 from qlora_core.data.template import ChatTemplate
 from qlora_core.errors import ModelError
 
@@ -244,6 +245,54 @@ def test_marks_give_what_prompts_give_with_the_end_of_turn(tokenizers: Tokenizer
     assert (by_marks.turns, by_marks.ended) == (2, 2)
 
 
+NO_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+def test_behind_a_mark_the_next_turns_opener_is_no_end_of_turn(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers("chatml")
+    sample = tokenized(tokenizer, ChatTemplate("x", NO_END), [(chat("Hi", "Hello", "Bye", "Bye"), None)])[0]
+    assert isinstance(sample, Masked)
+    turn = "<|im_start|>user\n{}<|im_start|>assistant\n⟦{}⟧"
+    assert marked(tokenizer, sample) == turn.format("Hi", "Hello") + turn.format("Bye", "Bye")
+    assert (sample.turns, sample.ended, sample.ends) == (2, 0, ())
+
+
+def test_nor_is_it_where_only_the_text_has_an_end(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers("chatml")
+    template = ChatTemplate("x", NO_END + "{{ '' if add_generation_prompt else '<|endoftext|>' }}")
+    sample = tokenized(tokenizer, template, [(chat("Hi", "Hello", "Bye", "Bye"), None)])[0]
+    assert isinstance(sample, Masked)
+    assert marked(tokenizer, sample).endswith("⟦Bye<|endoftext|>⟧")
+    assert "⟦Hello⟧<|im_start|>user" in marked(tokenizer, sample)
+    assert (sample.turns, sample.ended) == (2, 1)
+
+
+def test_behind_a_mark_what_follows_the_last_answer_ends_each_where_prompts_tell_nothing(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers("chatml")
+    ended = NO_END.replace("{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    template = ChatTemplate("x", ended.replace("assistant\n' if", "assistant\n<think>' if"))  # asks otherwise than it answers
+    assert end_of_turn(tokenizer, template) is None
+    sample = tokenized(tokenizer, template, [(chat("Hi", "Hello", "Bye", "Bye"), None)])[0]
+    assert isinstance(sample, Masked)
+    assert "⟦Hello<|im_end|>⟧<|im_start|>user" in marked(tokenizer, sample)
+    assert marked(tokenizer, sample).endswith("⟦Bye<|im_end|>⟧")
+    assert (sample.turns, sample.ended) == (2, 2)
+
+
+def test_where_answers_begin_and_end_is_kept_and_counted_before_a_place(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers("chatml")
+    sample = one(tokenizer, chat("Hi there", "Hello you", "Bye", "Bye", system="Be kind"), "chatml")
+    tokens = [token for token, _ in pieces(tokenizer, sample)]
+    assert [tokens[at] for at in (*sample.starts, *sample.ends)] == ["Hello", "Bye", "<|im_end|>", "<|im_end|>"]
+    assert (sample.starts, sample.ends) == ((17, 30), (19, 31))
+    counted = {limit: sample.within(limit) for limit in (17, 18, 19, 20, 30, 31, 32)}
+    assert counted == {17: (0, 0), 18: (1, 0), 19: (1, 0), 20: (1, 1), 30: (1, 1), 31: (2, 1), 32: (2, 2)}
+
+
 def test_several_marks_in_a_turn_are_one_turn(tokenizers: Tokenizers) -> None:
     tokenizer = tokenizers("chatml_marked_parts")
     sample = one(tokenizer, [*chat("Hi"), {"role": "assistant", "content": "Hello", "reasoning_content": "hm"}])
@@ -440,6 +489,18 @@ def test_special_tokens_typed_in_a_text_are_found(tokenizers: Tokenizers) -> Non
     assert typed_specials(other, ["<new>"]) == []
     other.add_tokens(["<new>"], special_tokens=True)
     assert typed_specials(other, ["<new>"]) == ["<new>"]
+
+
+def test_special_ids_are_those_added_as_special_and_the_named_ones_that_exist(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers("qwen3")
+    assert special_tokens(tokenizer) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}  # <think> is added, but not special
+    assert special_ids(tokenizer) == {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
+
+    class Named:
+        added_tokens_decoder: dict[int, Any] = {4: AddedToken("<a>", special=True), 5: AddedToken("<b>")}  # noqa: RUF012
+        all_special_ids = (2, None, 4)
+
+    assert special_ids(Named()) == {2, 4}  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_that_gives_no_offsets_is_refused() -> None:

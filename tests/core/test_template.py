@@ -168,6 +168,16 @@ def test_missing_tokens_are_those_that_a_named_template_writes() -> None:
     assert plain.missing_tokens(tokenizer) == ["eos_token"]
 
 
+def test_control_tokens_are_those_that_a_file_has_and_those_known_of_ours() -> None:
+    template = ChatTemplate("mine.jinja", "{% for m in messages %}<turn>{{ m.content }}{% endfor %}", "<tools></turn>")
+    assert [template.controls(token) for token in ("<turn>", "</turn>", "<tools>", "<scene>")] == [True, True, True, False]
+    phi, chatml = (ChatTemplate.choose(make(), name) for name in ("phi", "chatml"))
+    assert phi is not None
+    assert chatml is not None
+    assert (phi.controls("<|user|>"), phi.controls("<|im_end|>")) == (True, False)  # it writes '<|' + role + '|>'
+    assert (chatml.controls("<|im_end|>"), chatml.controls("<tool_call>")) == (True, False)
+
+
 def test_what_a_template_raises_is_about_the_row() -> None:
     with pytest.raises(BadRow, match="template: gemma: System role not supported"):
         fixture("gemma").render(CHAT)

@@ -363,6 +363,54 @@ def test_models_whose_documents_see_each_other_are_refused_and_left_as_they_were
     assert torch.equal(model.eval()(torch.arange(9)[None]).logits, before)
 
 
+def in_single_rows_only(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention by the rule of transformers' flash_attention_2: documents are looked for in a batch of one row only."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    seen = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
+    positions = kwargs["position_ids"]
+    if len(query) == 1:
+        document = (positions[0].diff(prepend=positions[0, :1]) != 1).cumsum(0)
+        seen = seen & (document[:, None] == document[None])
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, seen).transpose(1, 2), None
+
+
+def test_attention_that_finds_documents_in_single_rows_only_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "single_rows", in_single_rows_only)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "single_rows", flash_attention_mask)
+    model, reference = model_of("llama"), model_of("llama", "eager")
+    model.set_attn_implementation("single_rows")
+    first, second = torch.arange(5, 18), torch.arange(30, 49)
+    row = {"input_ids": torch.cat([first, second])[None], "position_ids": torch.cat([torch.arange(13), torch.arange(19)])[None]}
+    alone = reference(second[None], use_cache=False).logits[0]
+    one = model(**row, use_cache=False).logits
+    both = model(**{name: tensor.repeat(2, 1) for name, tensor in row.items()}, use_cache=False).logits
+    torch.testing.assert_close(one[0, 13:], alone, rtol=1e-4, atol=1e-4)  # a batch of one row does not give it away
+    assert all(float((logits[13:] - alone).abs().max()) > 0.1 for logits in both)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM: documents of a packed batch see each other .*packing=false"):
+        prepare_packed(model)
+    assert model.config._attn_implementation == "single_rows"
+    with pytest.raises(ModelError, match="documents of a packed batch see each other"):
+        evaluate(model, blocks_of(random_samples()), mixed_precision="none")
+
+
+def test_attention_that_takes_the_documents_of_the_first_row_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", "eager")
+    forward = model.forward
+
+    def first_row(position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        return forward(position_ids=None if position_ids is None else position_ids[:1].expand_as(position_ids), **kwargs)
+
+    model.forward = first_row
+    with pytest.raises(ModelError, match="documents of a packed batch see each other"):
+        check_packing(model)
+
+
 def test_an_adapter_that_drops_the_positions_is_refused() -> None:
     import peft
 
