@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 
 from qlora_core import yaml_file
 from qlora_core.errors import ConfigError
-from qlora_core.validation import validate
+from qlora_core.validation import ONE, SEVERAL, validate
 
 __all__ = ["DataConfig", "ModelConfig", "ProviderConfig", "RunConfig", "SourceConfig", "TokensConfig", "TrainingConfig"]
 
@@ -75,10 +75,10 @@ class SourceConfig(ProviderConfig):
 
 
 Sources = Annotated[
-    Annotated[ProviderConfig, Tag("<one>")] | Annotated[tuple[SourceConfig, ...], Tag("<several>"), Field(min_length=1)],
-    Discriminator(lambda value: "<several>" if isinstance(value, list | tuple) else "<one>"),
+    Annotated[ProviderConfig, Tag(ONE)] | Annotated[tuple[SourceConfig, ...], Tag(SEVERAL), Field(min_length=1)],
+    Discriminator(lambda value: SEVERAL if isinstance(value, list | tuple) else ONE),
 ]
-"""One dataset, or a list of several. validation.TAGS takes the tags out of the places in messages."""
+"""One dataset, or a list of several. `validate` takes the tags out of the places in messages."""
 
 
 class DataConfig(Section):

@@ -151,13 +151,17 @@ def check_packing(model: torch.nn.Module) -> None:
     def differ(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).square().mean().sqrt() / spread)
 
+    def worst(differences: Iterator[float]) -> float:  # max would pass over what is not a number
+        return float(torch.tensor(list(differences)).max())
+
     batch = 3 * max(differ(*beside), differ(beside[0], alone))
-    leak, most = max(differ(*pair) for pair in pairs), max(1e-5, batch, min(_noise(model), 0.1 * differ(*within)))
-    apart, far = max(differ(one, alone) for one in (ahead, *(pair[0] for pair in pairs))), max(batch, _noise(model))
+    leak, most = worst(differ(*pair) for pair in pairs), max(1e-5, batch, min(_noise(model), 0.1 * differ(*within)))
+    apart, far = worst(differ(one, alone) for one in (ahead, *(pair[0] for pair in pairs))), max(batch, _noise(model))
     logger.debug("packing: leak %.1e of at most %.1e, apart %.1e of at most %.1e", leak, most, apart, far)
-    if leak > most or apart > far:
-        what = "documents of a packed batch see each other" if leak > most else "a packed document differs from one alone"
-        by = leak if leak > most else apart
+    if not (leak <= most and apart <= far):  # not a number is no small difference
+        leaks = not leak <= most
+        what = "documents of a packed batch see each other" if leaks else "a packed document differs from one alone"
+        by = leak if leaks else apart
         raise ModelError(f"{type(base).__name__}: {what} (logits differ by {by:.2g} of their spread); {REMEDY}")
 
 

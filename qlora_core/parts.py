@@ -27,7 +27,7 @@ from qlora_core.validation import did_you_mean
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["Parts", "Weighted", "build", "described", "made", "resolve"]
+__all__ = ["Parts", "Weighted", "build", "described", "made", "mixed", "resolve"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -37,6 +37,12 @@ class Weighted(NamedTuple):
 
     source: DatasetSource
     weight: float = 1.0
+
+
+def mixed(sources: Any) -> list[Weighted]:
+    """Return *sources*, a dataset or a list of datasets and of pairs with weights, as a list with a weight each."""
+    given = sources if isinstance(sources, list | tuple) else [sources]
+    return [Weighted(*item) if isinstance(item, tuple) else Weighted(item) for item in given]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from qlora_core.footprint import Footprint, LinearWeights
 from qlora_core.kernels import apply_kernels
 from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
-from qlora_core.parts import Parts, Weighted, described
+from qlora_core.parts import Parts, described, mixed
 from qlora_core.preflight import check_evaluates, check_positions, check_space, check_vocabulary
 from qlora_core.provenance import plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
@@ -78,8 +79,7 @@ def finetune(
     providers or plain `transformers.TrainerCallback`s; the latter can't be written into the run's config.yaml.
     Raises a QLoRAError (ConfigError, DataError, ModelError, RunError) for what the caller can mend.
     """
-    given_sources: Sequence[Any] = dataset if isinstance(dataset, list | tuple) else [dataset]
-    mix = [Weighted(*pair) if isinstance(pair, tuple) else Weighted(pair) for pair in given_sources]
+    mix = mixed(dataset)
     if not mix:
         raise ConfigError([Problem(("dataset",), "the list is empty; nothing to train on")])
     for name, given, kind in (
@@ -132,7 +132,7 @@ def execute(
     if start is not None and (run.folder / "config.yaml").is_file():
         run.check_resumable()
     wanted = _wanted(config, parts, run)
-    prepared = prepare(config, parts)
+    prepared = prepare(config, parts, run.day() if start is not None else None)
     if start is not None:
         run.check_data(prepared.encoded.fingerprint)
     logger.info("%s", data_line(prepared.encoded, config))
@@ -194,8 +194,11 @@ class Prepared:
     encoded: Encoded
 
 
-def prepare(config: RunConfig, parts: Parts) -> Prepared:
-    """Return tokenizer, skeleton and encoded data of *config*; refuse what does not fit together. Loads no weights."""
+def prepare(config: RunConfig, parts: Parts, day: date | None = None) -> Prepared:
+    """Return tokenizer, skeleton and encoded data of *config*; refuse what does not fit together. Loads no weights.
+
+    *day* is that on which a run that is resumed began: see `encode`.
+    """
     import_libraries()
     from qlora_core.data.encode import encode
     from qlora_core.data.template import ChatTemplate
@@ -211,7 +214,7 @@ def prepare(config: RunConfig, parts: Parts) -> Prepared:
     check_vocabulary(tokenizer, skeleton, new_token_ids)
     check_positions(skeleton, config.data)
     parts.check_model(skeleton)
-    encoded = encode(parts.datasets, tokenizer, config.data, seed=config.training.seed)
+    encoded = encode(parts.datasets, tokenizer, config.data, seed=config.training.seed, day=day)
     if encoded.template is not None and encoded.template.name != "tokenizer":
         tokenizer.chat_template = encoded.template.source  # saved with the adapter: inference sees what training saw
     return Prepared(tokenizer, new_token_ids, skeleton, encoded)

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,22 @@ class Run:
 
     def check_data(self, fingerprint: str) -> None:
         """Raise RunError where the data are not those that the run began with, by their *fingerprint*."""
-        record = self.folder / "provenance.json"
-        began = json.loads(record.read_text(encoding="utf-8")).get("data", {}) if record.is_file() else {}
-        if began.get("fingerprint", fingerprint) != fingerprint:
+        if self._record().get("data", {}).get("fingerprint", fingerprint) != fingerprint:
             raise RunError(
                 f"dataset: the data are not those that the run in {self.folder} began with; bring those back to resume it, or "
                 "start anew in another folder"
             )
+
+    def day(self) -> date | None:
+        """Return the day on which the run began, here; None where that is not recorded."""
+        started = self._record().get("started")
+        return datetime.fromisoformat(started).astimezone().date() if started else None
+
+    def _record(self) -> dict[str, Any]:
+        """Return what provenance.json holds."""
+        path = self.folder / "provenance.json"
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return record
 
     def go_back(self, step: int) -> None:
         """Drop what came after *step*, metrics and checkpoints: a resumed run writes them again."""

@@ -12,11 +12,11 @@ from pydantic.fields import FieldInfo
 
 from qlora_core.errors import ConfigError, Problem
 
-__all__ = ["did_you_mean", "validate"]
+__all__ = ["ONE", "SEVERAL", "did_you_mean", "validate"]
 
 M = TypeVar("M", bound=BaseModel)
 
-TAGS = ("<one>", "<several>")  # of the alternatives that a section has, which pydantic puts into the places of errors
+ONE, SEVERAL = "<one>", "<several>"  # tags of what a section may be; pydantic puts them into the places of errors
 
 _BOUNDS = {
     "greater_than_equal": ("at least", "ge"),
@@ -59,7 +59,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _problem(model: type[BaseModel], error: Any, owner: str) -> Problem:
-    where = tuple(part for part in error["loc"] if part not in TAGS)
+    where = tuple(part for part in error["loc"] if part not in (ONE, SEVERAL))
     kind, context, value = error["type"], error.get("ctx", {}), error.get("input")
     if kind == "extra_forbidden":
         return Problem(where, _unknown_option(model, where, owner))

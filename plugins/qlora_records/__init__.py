@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import datasets
 
     from qlora_records.rows import Files, Hub
+
+logger = logging.getLogger("qlora_core")
 
 PACKED = (".parquet", ".arrow")  # compressed inside
 LINES = tuple(suffix for suffix in ROWS if suffix not in PACKED)  # these may be compressed, too
@@ -137,6 +140,10 @@ class Records(DatasetSource):
     Options = RecordsOptions
     options: RecordsOptions
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._said: set[str] = set()
+
     @classmethod
     def example(cls, folder: Path) -> dict[str, Any]:
         """Return the path of a written file of 200 prompts with their completions."""
@@ -155,7 +162,7 @@ class Records(DatasetSource):
         from qlora_records.reading import read_records
 
         source = self._source(split)
-        return read_records(source, self.options.model_dump()) if source is not None else None
+        return read_records(source, self.options.model_dump(), self._say) if source is not None else None
 
     def stream(self, position: Any = None) -> Iterator[tuple[dict[str, Any], Any]]:
         """Yield the rows without storing them; a position says the file, and where in it the next row begins."""
@@ -163,7 +170,13 @@ class Records(DatasetSource):
 
         source = self._source("train")
         assert source is not None
-        return stream_records(source, self.options.model_dump(), position)
+        return stream_records(source, self.options.model_dump(), self._say, position)
+
+    def _say(self, line: str) -> None:
+        """Log *line* once: a stream is opened again for every pass."""
+        if line not in self._said and logger.isEnabledFor(logging.INFO):
+            self._said.add(line)
+            logger.info("%s", line)
 
     def _source(self, split: str) -> Files | Hub | None:
         """Return where the rows of *split* are, or None; raise ConfigError for paths that can't be read."""

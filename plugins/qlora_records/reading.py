@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.data.files import digest
@@ -19,11 +18,14 @@ if TYPE_CHECKING:
 FORMAT = 2  # raise it when the same files would give other rows than before
 
 
-def read_records(source: Files | Hub, asked: Mapping[str, Any]) -> datasets.Dataset:
-    """Return the rows of *source* as the options *asked* say, with their origin; raise DataError for the first bad one."""
+def read_records(source: Files | Hub, asked: Mapping[str, Any], say: Callable[[str], None]) -> datasets.Dataset:
+    """Return the rows of *source* as the options *asked* say, with their origin; raise DataError for the first bad one.
+
+    *say* is told which form they have, where nobody asked for it.
+    """
     from qlora_core.data.arrow import cached_dataset
 
-    form = form_of(source, asked)
+    form = form_of(source, asked, say)
     content = digest(source.paths) if isinstance(source, Files) else source.load()._fingerprint
     key = hashlib.sha256(repr((FORMAT, source, content, form, sorted(asked["roles"].items()))).encode()).hexdigest()
     rows = cached_dataset(_stored, _features(form), key, source=source, form=form, roles=dict(asked["roles"]))
@@ -32,7 +34,7 @@ def read_records(source: Files | Hub, asked: Mapping[str, Any]) -> datasets.Data
 
 
 def stream_records(
-    source: Files | Hub, asked: Mapping[str, Any], position: list[int] | None = None
+    source: Files | Hub, asked: Mapping[str, Any], say: Callable[[str], None], position: list[int] | None = None
 ) -> Iterator[tuple[dict[str, Any], list[int]]]:
     """Yield the rows of `read_records` from *position* on, each with the position after it.
 
@@ -41,17 +43,17 @@ def stream_records(
     """
     if isinstance(source, Hub):
         source = source._replace(streaming=True)
-    return _mapped(source, form_of(source, asked), asked["roles"], position)
+    return _mapped(source, form_of(source, asked, say), asked["roles"], position)
 
 
-def form_of(source: Files | Hub, asked: Mapping[str, Any]) -> Form:
-    """Return the form of the rows, which the first one shows; say it where nobody asked for it."""
+def form_of(source: Files | Hub, asked: Mapping[str, Any], say: Callable[[str], None]) -> Form:
+    """Return the form of the rows, which the first one shows; *say* it where nobody asked for it."""
     first = next(source.rows(0, (0, 0)), None)
     if first is None:
         raise _empty(source.paths[0])
     form = recognise(first.values, asked, first.origin)
     if asked["format"] == "auto":
-        logging.getLogger("qlora_core").info("records: %s", form)
+        say(f"records: {form}")
     return form
 
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from qlora_core.config import RunConfig
-from qlora_core.data.files import Paths, files_in
+from qlora_core.data.files import TEXTS, Paths, files_in
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
 from qlora_core.providers import DatasetSource, ProviderOptions
 
 if TYPE_CHECKING:
     import datasets
-
-SUFFIXES = (".txt", ".md")
 
 
 class TextOptions(ProviderOptions):
@@ -81,7 +79,7 @@ class TextFile(DatasetSource):
 
     def _files(self, option: str) -> list[Path]:
         value = getattr(self.options, option)
-        return files_in(option, value, SUFFIXES) if value is not None else []
+        return files_in(option, value, TEXTS) if value is not None else []
 
 
 @hookimpl

@@ -11,7 +11,20 @@ from typing import Annotated
 
 import typer
 
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Trace, Verbose, say_on_stderr, stdout
+from qlora_core.cli.options import (
+    ConfigFile,
+    DataName,
+    Disable,
+    Json,
+    ModelName,
+    Modules,
+    Quiet,
+    Set,
+    Trace,
+    Verbose,
+    say_on_stderr,
+    stdout,
+)
 from qlora_core.cli.train import read_config
 from qlora_core.errors import ConfigError, RunError
 
@@ -19,18 +32,9 @@ __all__ = ["data"]
 
 
 def data(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A file, glob or folder of text or rows (JSONL, CSV, ...); without CONFIG.yaml, or instead of its data."
-        ),
-    ] = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    data: DataName = None,
     overrides: Set = None,
     sample: Annotated[int, typer.Option(min=0, help="Training blocks to show, evenly spread over the data.")] = 3,
     tokens: Annotated[bool, typer.Option("--tokens", help="Show one token per line: index, id, label and text.")] = False,
@@ -63,7 +67,8 @@ def data(
         _check_file(html)
     resolved, parts = read_config(config, overrides, modules, disable, model=model, data=data)
     say_on_stderr(quiet=quiet, verbose=verbose)
-    _listen_once()
+    for handler in logging.getLogger("qlora_core").handlers:
+        handler.addFilter(lambda record: not hasattr(record, "finding"))  # all of them stand among the results
     parts.check(resolved)
     from qlora_core.data.inspect import inspect
     from qlora_core.pipeline import prepare
@@ -106,17 +111,3 @@ def _write(path: Path, text: str) -> None:
         raise RunError(f"--html {path}: {error.strerror or error}; name another file") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _listen_once() -> None:
-    """Let the logger say nothing twice, and no finding: all of them stand among the results."""
-    said: set[str] = set()
-
-    def wanted(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        new = text not in said and record.module != "gate"
-        said.add(text)
-        return new
-
-    for handler in logging.getLogger("qlora_core").handlers:
-        handler.addFilter(wanted)

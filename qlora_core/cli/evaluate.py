@@ -55,7 +55,7 @@ def evaluate(
         chosen, rows_or_text = _as_trained(registry, changed, saved.run.config)
     except ConfigError as error:
         raise error.located("", {}, overrides or ()) from None
-    run, model, tokenizer = saved.run, saved.load_base(), saved.load_tokenizer()
+    run = saved.run
     from qlora_core.data.encode import encode_split
     from qlora_core.evaluation import evaluate as score
 
@@ -65,9 +65,10 @@ def evaluate(
     asked = {override.partition("=")[0].strip() for override in overrides or ()}
     changes = {key: value for key, value in changes.items() if not asked & {"data", f"data.{key}"}}
     settings = changed.data.model_copy(update=changes)
-    blocks = encode_split(rows_or_text, "train", tokenizer, settings)
+    blocks = encode_split(rows_or_text, "train", saved.load_tokenizer(), settings)
     if blocks is None:
         raise DataError(f"--data {data}: no rows")
+    model = saved.load_base()
     precision = run.config.training.mixed_precision
     base = score(model, blocks, batch_size=batch_size, mixed_precision=precision)
     adapted = score(saved.add_adapter(model), blocks, batch_size=batch_size, mixed_precision=precision)

@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,8 +16,31 @@ from rich.console import Console
 
 from qlora_core.registry import Registry
 
-__all__ = ["Disable", "Json", "Modules", "Quiet", "Set", "Trace", "Verbose", "make_registry", "say_on_stderr", "stdout"]
+__all__ = [
+    "ConfigFile",
+    "DataName",
+    "Disable",
+    "Json",
+    "ModelName",
+    "Modules",
+    "Quiet",
+    "Set",
+    "Trace",
+    "Verbose",
+    "make_registry",
+    "say_on_stderr",
+    "stdout",
+]
 
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration.", show_default=False)]
+ModelName = Annotated[str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")]
+DataName = Annotated[
+    str | None,
+    typer.Option(
+        help="A file, glob or folder of text or rows (JSONL, CSV, ...), or a dataset on the hub; "
+        "without CONFIG.yaml, or instead of its data."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, the libraries' warnings included.")]

@@ -12,7 +12,21 @@ import typer
 
 from qlora_core import yaml_file
 from qlora_core.calls import ProviderFailed
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Trace, Verbose, make_registry, say_on_stderr, stdout
+from qlora_core.cli.options import (
+    ConfigFile,
+    DataName,
+    Disable,
+    Json,
+    ModelName,
+    Modules,
+    Quiet,
+    Set,
+    Trace,
+    Verbose,
+    make_registry,
+    say_on_stderr,
+    stdout,
+)
 from qlora_core.config import RunConfig
 from qlora_core.data.files import hold_rows, is_hub_name
 from qlora_core.errors import ConfigError, QLoRAError
@@ -25,19 +39,9 @@ __all__ = ["RunCrashed", "read_config", "run", "source_of", "train"]
 
 
 def train(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The configuration.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A hub id or a folder; without CONFIG.yaml, or instead of its model.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="A file, glob or folder of text or rows (JSONL, CSV, ...), or a dataset on the hub; "
-            "without CONFIG.yaml, or instead of its data."
-        ),
-    ] = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    data: DataName = None,
     output: Annotated[
         str | None, typer.Option(help="The run's folder; default runs/NAME of the configuration or text.")
     ] = None,

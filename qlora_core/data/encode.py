@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from qlora_core.data import gate
 from qlora_core.data.portions import Portion, apart, held_out, weighted
 from qlora_core.errors import ConfigError, DataError, Problem
 from qlora_core.libraries import import_libraries
-from qlora_core.parts import Weighted
+from qlora_core.parts import Weighted, mixed
 
 if TYPE_CHECKING:
     import datasets
@@ -73,15 +74,17 @@ def encode(
     data: DataConfig,
     *,
     seed: int = 0,
+    day: date | None = None,
 ) -> Encoded:
     """Return the blocks that *sources*, one or several with weights, give; raise DataError for what the gate refuses.
 
     Without a separate evaluation split `eval_fraction` of each source's samples are held out, at least one: the end of a text,
     and of rows some that are spread evenly over all, since files are often sorted.
-    *seed* shuffles a stream; blocks that are stored are shuffled in training.
+    *seed* shuffles a stream; blocks that are stored are shuffled in training. *day*, by default today, is that of the samples
+    to take from the cache where a chat template writes the date: a run that is resumed goes on with those of its first day.
     """
-    mix = _mix(sources)
-    encoders = _Encoders(tokenizer, data)
+    mix = mixed(sources)
+    encoders = _Encoders(tokenizer, data, day)
     if data.streaming:
         return _streamed(mix, encoders, seed)
     train = [_read(source, "train", encoders) for source, _ in mix]
@@ -163,10 +166,11 @@ class _Judge:
 class _Encoders:
     """Makes the encoder of each source; the chat template is chosen once, where one is needed."""
 
-    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig) -> None:
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, data: DataConfig, day: date | None = None) -> None:
         import_libraries()
         self.tokenizer = tokenizer
         self.data = data
+        self.day = day or date.today()
         self.template: ChatTemplate | None = None
 
     def make(self, columns: Sequence[str], source: str) -> Encoder:
@@ -182,7 +186,7 @@ class _Encoders:
                     self.template.name,  # type: ignore[union-attr]
                     ", ".join(missing),
                 )
-        return encoder_for(columns, source, self.tokenizer, self.template, self.data)
+        return encoder_for(columns, source, self.tokenizer, self.template, self.data, self.day)
 
 
 @dataclass(frozen=True)
@@ -193,12 +197,6 @@ class _Read:
     split: SplitName
     examples: datasets.Dataset
     encoder: Encoder
-
-
-def _mix(sources: DatasetSource | Sequence[tuple[DatasetSource, float]]) -> list[Weighted]:
-    from qlora_core.providers import DatasetSource
-
-    return [Weighted(sources)] if isinstance(sources, DatasetSource) else [Weighted(*pair) for pair in sources]
 
 
 def _read(source: DatasetSource, split: SplitName, encoders: _Encoders) -> _Read | None:

@@ -43,6 +43,12 @@ class Encoder:
         """Yield the samples of *rows*; *first* is the index of its first row."""
         raise NotImplementedError
 
+    @staticmethod
+    def origins(rows: dict[str, list[Any]], first: int) -> list[str]:
+        """Return where each of *rows* comes from; by its number where the source does not say."""
+        count = len(next(iter(rows.values())))
+        return rows.get("origin") or [f"row {first + index + 1}" for index in range(count)]
+
     def finish(self) -> Iterator[Sample]:
         """Yield what is left once all rows have come."""
         yield from ()

@@ -35,10 +35,12 @@ class ChatEncoder(Encoder):
         data: DataConfig,
         template: ChatTemplate | None,
         train_on: Literal["all", "completion", "assistant", "last_turn"],
+        day: date,
     ) -> None:
         super().__init__(tokenizer, data)
         self.template = template
         self.train_on = train_on
+        self.day = day
 
     @property
     def settings(self) -> str:
@@ -46,15 +48,13 @@ class ChatEncoder(Encoder):
         made = self.template
         written = (made.source, made.tool_source, sorted(made.special.items())) if made is not None else None
         dated = made is not None and "strftime_now" in made.source + (made.tool_source or "")
-        return f"{super().settings} {self.train_on} {written}{f' {date.today()}' if dated else ''}"
+        return f"{super().settings} {self.train_on} {written}{f' {self.day}' if dated else ''}"
 
     def encode(self, rows: dict[str, list[Any]], first: int) -> Iterator[Sample]:
         """Yield one sample per row."""
-        count = len(next(iter(rows.values())))
-        origins = rows.get("origin") or [f"row {first + index + 1}" for index in range(count)]
         columns = {name: values for name, values in rows.items() if name != "origin"}
         made = self._pairs(columns) if "prompt" in columns else self._chats(columns)
-        for sample, origin in zip(made, origins, strict=True):
+        for sample, origin in zip(made, self.origins(rows, first), strict=True):
             sample.origin = origin
             yield sample
 
@@ -110,10 +110,8 @@ class TokenEncoder(Encoder):
 
     def encode(self, rows: dict[str, list[Any]], first: int) -> Iterator[Sample]:
         """Yield one sample per row."""
-        count = len(rows["input_ids"])
-        origins = rows.get("origin") or [f"row {first + index + 1}" for index in range(count)]
-        labels = rows.get("labels") or [None] * count
-        for ids, wanted, origin in zip(rows["input_ids"], labels, origins, strict=True):
+        labels = rows.get("labels") or [None] * len(rows["input_ids"])
+        for ids, wanted, origin in zip(rows["input_ids"], labels, self.origins(rows, first), strict=True):
             try:
                 read = self._read(ids, wanted)
             except BadRow as problem:
@@ -132,7 +130,7 @@ class TokenEncoder(Encoder):
             raise BadRow("tokens", "no tokens")
         if ids.min() < 0 or ids.max() >= size:
             raise BadRow("tokens", f"id {ids.min() if ids.min() < 0 else ids.max()}, and the tokenizer has {size:,}")
-        if wanted is None:
+        if not self.labels:
             return ids.astype(np.int32), None
         labels = _integers(wanted, "labels")
         if len(labels) != len(ids):
@@ -163,8 +161,12 @@ def encoder_for(
     tokenizer: transformers.PreTrainedTokenizerBase,
     template: ChatTemplate | None,
     data: DataConfig,
+    day: date,
 ) -> Encoder:
-    """Return the encoder of rows with these *columns*; raise ConfigError where `train_on` or `template` don't suit them."""
+    """Return the encoder of rows with these *columns*; raise ConfigError where `train_on` or `template` don't suit them.
+
+    *day* is that of the samples to look for in the cache, where a template writes the date.
+    """
     kind, wanted = form_of(columns, source), data.train_on
 
     def refuse(what: str, remedy: str) -> ConfigError:
@@ -179,12 +181,12 @@ def encoder_for(
             raise refuse("token ids, whose labels say what is supervised", "use auto")
         return TokenEncoder(tokenizer, data, labels="labels" in columns)
     if kind == "pairs":
-        return ChatEncoder(tokenizer, data, template, "all" if wanted == "all" else "completion")
+        return ChatEncoder(tokenizer, data, template, "all" if wanted == "all" else "completion", day)
     if wanted == "completion":
         raise refuse("chats, not prompts with a completion", "use assistant or last_turn")
     if template is None:
         raise ConfigError([Problem(("data", "template"), f"none: {source!r} gives chats, which need a template; name one")])
-    return ChatEncoder(tokenizer, data, template, "assistant" if wanted == "auto" else wanted)
+    return ChatEncoder(tokenizer, data, template, "assistant" if wanted == "auto" else wanted, day)
 
 
 def _judged(messages: Any, tools: Any) -> tuple[list[Turn], list[dict[str, Any]] | None] | BadRow:

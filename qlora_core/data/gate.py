@@ -161,7 +161,7 @@ def tell(findings: Findings, split: str, data: DataConfig) -> None:
     """Log a warning for each of *findings*."""
     for finding in findings.values():
         done = " These are left out." if finding.error and data.on_problem == "skip" else ""
-        logger.warning("%s data: %s.%s", split, finding, done)
+        logger.warning("%s data: %s.%s", split, finding, done, extra={"finding": True})
 
 
 def _check_ends(samples: datasets.Dataset, rows: np.ndarray, source: str, data: DataConfig) -> None:

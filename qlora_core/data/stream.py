@@ -24,13 +24,12 @@ from qlora_core.data.encoder import Encoder
 from qlora_core.data.findings import FINDINGS
 from qlora_core.data.pack import pack
 from qlora_core.data.samples import Sample, table_of
-from qlora_core.errors import DataError, RunError
+from qlora_core.errors import DataError
 from qlora_core.providers import DatasetSource
 
 __all__ = ["Stream", "StreamedBlocks", "first_rows"]
 
 PIECES = 4  # rows per call of the tokenizer where each is a piece of a file of 64 Ki characters
-KEPT = 4096  # moments that are remembered: more than the Trainer ever reads ahead
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.seed = seed
         held = {**_beginning(), "surplus": [], "owed": 0.0}
         self._start: dict[str, Any] = {"window": 0, "streams": [dict(held) for _ in streams], "pending": []}
-        self._moments: deque[tuple[int, dict[str, Any], list[dict[str, Any]], int]] = deque(maxlen=KEPT)
+        self._moments: deque[tuple[int, dict[str, Any], list[dict[str, Any]], int]] = deque()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield blocks: input_ids (T,) int32, labels (T,) int32 where some tokens are not supervised, lengths of samples."""
@@ -98,13 +97,17 @@ class StreamedBlocks(torch.utils.data.IterableDataset[dict[str, Any]]):
             blocks = self._window(readers, state)
 
     def state_after(self, taken: int) -> dict[str, Any]:
-        """Return what `restore` needs to go on after *taken* blocks: JSON-ready, but for arrays."""
+        """Return what `restore` needs to go on after *taken* blocks: JSON-ready, but for arrays. Forgets what was before."""
+        self.forget(taken)
         if taken == 0:
             return self._start
-        for count, after, blocks, index in self._moments:
-            if count == taken:
-                return {**after, "pending": blocks[index:]}
-        raise RunError(f"the stream's position after {taken} blocks is not known any more")  # pragma: no cover
+        _, after, blocks, index = self._moments[0]
+        return {**after, "pending": blocks[index:]}
+
+    def forget(self, taken: int) -> None:
+        """Forget the moments before *taken* blocks, which are trained; those after it, however far a loader reads on, stay."""
+        while self._moments and self._moments[0][0] < taken:
+            self._moments.popleft()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Begin the next iteration where *state* was taken."""

@@ -49,7 +49,7 @@ class TextEncoder(Encoder):
         """Yield full pieces, and the shorter end of each document that another one follows."""
         texts = rows["text"]
         continues = rows.get("continues") or [False] * len(texts)
-        origins = rows.get("origin") or [f"row {first + index + 1}" for index in range(len(texts))]
+        origins = self.origins(rows, first)
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise DataError(f"{origins[index]}: text must be text (got {text!r:.60})")

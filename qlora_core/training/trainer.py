@@ -209,9 +209,13 @@ class QLoRATrainer(transformers.Trainer):
         """Return where a stream of training data has come to: after what was trained, whatever was read ahead."""
         if not isinstance(self.train_dataset, StreamedBlocks):
             return None
-        steps = self.state.global_step - self._stream_from
-        blocks = steps * self.args.gradient_accumulation_steps * self.args.train_batch_size
-        return {"step": self.state.global_step, "state": self.train_dataset.state_after(blocks)}
+        return {"step": self.state.global_step, "state": self.train_dataset.state_after(self._blocks_trained())}
+
+    def _blocks_trained(self) -> int:
+        """Return how many blocks of a stream were trained since this process began to read it."""
+        steps: int = self.state.global_step - self._stream_from
+        per_step: int = self.args.gradient_accumulation_steps * self.args.train_batch_size
+        return steps * per_step
 
     def _load_scaler(self, checkpoint_path: str | None) -> None:
         """Nothing: the scaler came with the optimizer."""
@@ -230,6 +234,8 @@ class QLoRATrainer(transformers.Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the batches of a step; a resumed stream's loader, just made, has drawn a number that it must not have."""
+        if isinstance(self.train_dataset, StreamedBlocks):
+            self.train_dataset.forget(self._blocks_trained())
         try:
             batches = super().get_batch_samples(*args, **kwargs)
         except DataError:

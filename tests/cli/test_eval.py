@@ -141,3 +141,16 @@ def test_of_sources_that_read_alike_the_one_with_that_path_decides(train: Any, s
         ]
     )
     assert score(run, "--data", "q.jsonl")[0] == supervised(run, [row["answer"] for row in QUESTIONS])
+
+
+def test_what_the_gate_refuses_is_told_before_any_weight_is_loaded(
+    train: Callable[..., Path], refuse: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train({"name": "records", "path": "q.jsonl"})
+    (here / "bad.jsonl").write_text(json.dumps({"question": "Well?", "answer": ""}) + "\n", encoding="utf-8")
+
+    def load(self: Any) -> Any:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("qlora_core.saved.SavedRun.load_base", load)
+    assert "1 row with an empty turn" in refuse(run, "--data", "bad.jsonl")

@@ -11,7 +11,6 @@ import pytest
 import transformers
 
 from qlora_core.config import DataConfig, RunConfig
-from qlora_core.data import encoders
 from qlora_core.data.encoders import encoder_for
 from qlora_core.data.mask import IGNORED
 from qlora_core.data.samples import Sample
@@ -22,6 +21,9 @@ from qlora_core.registry import Registry
 
 ANSWERS = ("First.", "Second, which is longer.", "Third.")
 CONTROLS = ["<|im_start|>", "<|im_end|>"]
+
+
+TODAY = datetime.date(2026, 3, 1)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def made(tokenizer: Any, rows: dict[str, list[Any]], **changes: Any) -> list[Sam
     """Return the samples that *rows* become."""
     data = DataConfig(**{"sequence_length": 512, "template": "chatml", **changes})
     template = ChatTemplate.choose(tokenizer, data.template)
-    encoder = encoder_for(list(rows), "rows", tokenizer, template, data)
+    encoder = encoder_for(list(rows), "rows", tokenizer, template, data, TODAY)
     return [*encoder.encode(rows, 0), *encoder.finish()]
 
 
@@ -170,6 +172,7 @@ def test_an_empty_prompt_is_no_problem_where_texts_are_joined_and_a_system_text_
         ([5, 6], [5, None], "tokens: labels are no list of integers"),
         ([5, 6], [5, -(2**40)], f"tokens: label {-(2**40)}, neither a token nor -100"),
         ([5, 6], [5], "tokens: 2 input_ids and 1 labels"),
+        ([5, 6], None, "tokens: there are no labels"),
     ],
 )
 def test_token_ids_that_are_none_are_found(tokenizer: Any, ids: Any, labels: Any, problem: str) -> None:
@@ -191,7 +194,7 @@ def test_a_chat_that_is_none_is_found(tokenizer: Any) -> None:
 def test_only_pieces_of_files_are_continuous(tokenizer: Any) -> None:
     data = DataConfig(sequence_length=16)
     for columns, expected in ((["text", "continues", "origin"], True), (["text"], False), (["input_ids"], False)):
-        assert encoder_for(columns, "rows", tokenizer, None, data).continuous is expected
+        assert encoder_for(columns, "rows", tokenizer, None, data, TODAY).continuous is expected
 
 
 def test_the_settings_change_with_the_day_only_where_the_template_writes_it(
@@ -203,15 +206,10 @@ def test_the_settings_change_with_the_day_only_where_the_template_writes_it(
         path.write_text(source)
 
     def settings(day: int) -> list[str]:
-        class Day(datetime.date):
-            @classmethod
-            def today(cls) -> Day:
-                return cls(2026, 3, day)
-
-        monkeypatch.setattr(encoders, "date", Day)
+        on = datetime.date(2026, 3, day)
         templates = [ChatTemplate.choose(tokenizer, str(path)) for path in paths]
         data = DataConfig(sequence_length=16)
-        return [encoder_for(["messages"], "rows", tokenizer, template, data).settings for template in templates]
+        return [encoder_for(["messages"], "rows", tokenizer, template, data, on).settings for template in templates]
 
     first, again, other = settings(1), settings(1), settings(2)
     assert first == again
@@ -222,8 +220,8 @@ def test_the_settings_change_with_the_day_only_where_the_template_writes_it(
 
 def test_the_template_for_tools_may_write_the_day_too(tokenizer: Any) -> None:
     template = ChatTemplate("tokenizer", "{{ 1 }}", "{{ strftime_now('%Y') }}")
-    encoder = encoder_for(["messages"], "rows", tokenizer, template, DataConfig(sequence_length=16))
-    assert encoder.settings.endswith(f" {datetime.date.today()}")
+    encoder = encoder_for(["messages"], "rows", tokenizer, template, DataConfig(sequence_length=16), TODAY)
+    assert encoder.settings.endswith(f" {TODAY}")
 
 
 # Tokens that are added for a template

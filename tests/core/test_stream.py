@@ -98,6 +98,20 @@ def test_going_on_from_a_state_gives_what_would_have_come_and_reads_nothing_agai
         assert new.read[0] == state["streams"][0]["position"]
 
 
+@pytest.mark.parametrize("ahead", [0, 9_000])  # as many blocks as a step of batch size times accumulation reads at once
+def test_a_moment_is_known_however_far_a_loader_has_read_on_and_forgotten_once_it_is_past(tokenizer: Any, ahead: int) -> None:
+    train = encode(source(), tokenizer, data(packing=False)).train
+    reader = iter(train)
+    taken = 50
+    expected = [next(reader)["input_ids"].tolist() for _ in range(taken + 5)][taken:]
+    for _ in range(ahead):
+        next(reader)
+    state = train.state_after(taken)
+    assert len(train._moments) == 1 + 5 + ahead
+    train.restore(state)
+    assert [ids for ids, _, _ in blocks(train, 5)] == expected
+
+
 def test_the_gate_sees_the_first_rows_before_and_each_later_row_as_it_comes(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="counted:6: the completion is empty"):
         encode(source(bad=5), tokenizer, data())

@@ -136,7 +136,7 @@ def test_a_run_of_third_party_parts_from_yaml_trains_saves_and_resumes(
     whole = {p.name: p.read_bytes() for p in (folder / "adapter").iterdir()}
     record = json.loads((folder / "provenance.json").read_text())["providers"]
     assert (record["quantizer"]["provider"], record["adapter"]["provider"]) == ("example:nf_blocks", "example:tiny_lora")
-    assert record["dataset"]["distribution"] == "qlora-example-parts"
+    assert record["datasets"][0]["distribution"] == "qlora-example-parts"
     assert record["kernels"]["provider"] == "example:one_norm"
     assert (folder / "exports" / "metrics_csv" / "metrics.csv").read_text().startswith("step,")
     assert (folder / "exports" / "merged" / "model.safetensors").is_file()

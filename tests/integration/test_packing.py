@@ -411,6 +411,20 @@ def test_attention_that_takes_the_documents_of_the_first_row_for_all_is_refused(
         check_packing(model)
 
 
+def test_logits_that_are_no_numbers_in_a_packed_batch_only_are_refused() -> None:
+    model = model_of("llama")
+    forward = model.forward
+
+    def not_numbers(position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        out = forward(position_ids=position_ids, **kwargs)
+        out.logits = out.logits if position_ids is None else out.logits * float("nan")
+        return out
+
+    model.forward = not_numbers
+    with pytest.raises(ModelError, match=r"documents of a packed batch see each other .*data\.packing=false"):
+        check_packing(model)
+
+
 def test_an_adapter_that_drops_the_positions_is_refused() -> None:
     import peft
 

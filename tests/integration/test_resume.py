@@ -17,7 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora_core import Finished, RunError
+from qlora_bitsandbytes import NF4
+from qlora_core import Finished, RunError, finetune
 from qlora_peft import LoRA
 
 CLOCK = ("tokens_per_second", "peak_memory_bytes", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -145,3 +146,49 @@ main(["train", "--model", {str(tiny_model)!r}, "--data", {str(text_file)!r}, "--
     assert error.endswith("free some space and resume with --resume")
     assert "Traceback" not in done.stderr
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_run_whose_template_writes_the_date_is_resumed_on_another_day(
+    tiny_model: Path, tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    from qlora_core.data import encode
+    from qlora_records import Records
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Later:
+            return cls.fromtimestamp(datetime.datetime.now(tz).timestamp() + 3 * 86_400)
+
+    class LaterDay(datetime.date):
+        @classmethod
+        def today(cls) -> datetime.date:
+            return datetime.date.today() + datetime.timedelta(days=3)
+
+    template = tmp_path / "dated.jinja"
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    template.write_text("{{ strftime_now('%d %b %Y') }} " + turns + "{% if add_generation_prompt %}assistant: {% endif %}")
+    rows = [{"prompt": f"Number {n}?", "completion": f"{n}."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def go(steps: int, resume: bool) -> Finished:
+        return finetune(
+            str(tiny_model),
+            NF4(),
+            LoRA(r=4),
+            Records(path=str(tmp_path / "rows.jsonl")),
+            output=tmp_path / "run",
+            data={"sequence_length": 64, "template": str(template)},
+            training={"max_steps": steps, "save_steps": 2},
+            resume=resume,
+        )
+
+    began = go(2, False).run._record()["data"]["fingerprint"]
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    monkeypatch.setattr(encode, "date", LaterDay)
+    resumed = go(4, True)
+    assert resumed.metrics["step"] == 4
+    assert resumed.run._record()["data"]["fingerprint"] == began

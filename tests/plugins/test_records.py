@@ -757,15 +757,15 @@ def test_rows_of_a_hub_dataset_are_stored_and_streamed(tmp_path: Path) -> None:
 
     lines(tmp_path / "train.jsonl", *({"question": f"{n}?", "answer": str(n)} for n in range(5)))
     hub, asked = Hub(str(tmp_path), None, "train", None), Records(path="owner/name").options.model_dump()
-    rows = read_records(hub, asked).to_list()
+    rows = read_records(hub, asked, print).to_list()
     assert rows[4] == {"prompt": "4?", "completion": "4", "origin": f"{tmp_path}:train:row 5"}
-    streamed = list(stream_records(hub, asked))
+    streamed = list(stream_records(hub, asked, print))
     assert [row | {"system": None} for row in rows] == [row for row, _ in streamed]
-    assert list(stream_records(hub, asked, streamed[2][1])) == streamed[3:]
+    assert list(stream_records(hub, asked, print, streamed[2][1])) == streamed[3:]
     sliced = Hub(str(tmp_path), None, "train[:2]", None)
-    assert [row["prompt"] for row, _ in stream_records(sliced, asked)] == ["0?", "1?"]
+    assert [row["prompt"] for row, _ in stream_records(sliced, asked, print)] == ["0?", "1?"]
     with pytest.raises(DataError, match='Unknown split "test"'):
-        read_records(Hub(str(tmp_path), None, "test", None), asked)
+        read_records(Hub(str(tmp_path), None, "test", None), asked, print)
 
 
 # Real data
@@ -826,3 +826,14 @@ def test_importing_the_plugin_and_recognising_rows_imports_nothing_heavy() -> No
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert recognise({"text": ""}, Records(path="owner/name").options.model_dump(), "here").columns == {"text": "text"}
+
+
+def test_the_form_is_said_once_however_often_the_rows_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n", encoding="utf-8")
+    source = Records(path=str(path))
+    with caplog.at_level(logging.INFO, "qlora_core"):
+        for _ in range(3):  # a stream is opened for every pass
+            assert len(list(source.stream())) == 1
+        source.examples("train")
+    assert caplog.messages == ["records: prompts and completions from the columns prompt and completion"]
