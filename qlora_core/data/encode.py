@@ -179,14 +179,20 @@ class _Encoders:
 
         if form_of(columns, source) in ("pairs", "chats") and self.template is None:
             self.template = ChatTemplate.choose(self.tokenizer, self.data.template)
-            missing = self.template.missing_tokens(self.tokenizer) if self.template is not None else []
-            if missing:
-                logger.warning(
-                    "data.template: %s writes %s, no special tokens of the model's; add them with tokens.add, or use plain",
-                    self.template.name,  # type: ignore[union-attr]
-                    ", ".join(missing),
-                )
+            if self.template is not None:
+                self._warn(self.template)
         return encoder_for(columns, source, self.tokenizer, self.template, self.data, self.day)
+
+    def _warn(self, template: ChatTemplate) -> None:
+        missing = template.missing_tokens(self.tokenizer)
+        if "eos_token" in missing:
+            logger.warning("data.template: %s ends answers with EOS, and the tokenizer has none; use chatml", template.name)
+        elif missing:
+            logger.warning(
+                "data.template: %s writes %s, no special tokens of the model's; add them with tokens.add, or use plain",
+                template.name,
+                ", ".join(missing),
+            )
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,11 @@ class ChatTemplate:
     def missing_tokens(self, tokenizer: transformers.PreTrainedTokenizerBase) -> list[str]:
         """Return the tokens that a template of ours writes and that are no special tokens of *tokenizer*.
 
-        They are then spelt with ordinary tokens: legal, but the model has to learn a longer end of turn.
+        They are then spelt with ordinary tokens: legal, but the model has to learn a longer end of turn. A BOS token that
+        the tokenizer has not is simply not written.
         """
         known = special_tokens(tokenizer)
-        tokens = [self.special.get(token, token) for token in CONTROL_TOKENS.get(self.name, ())]
+        tokens = [self.special.get(token, token) for token in CONTROL_TOKENS.get(self.name, ()) if token != "bos_token"]
         return [token for token in tokens if token not in known]
 
     def controls(self, token: str) -> bool:
@@ -104,17 +105,13 @@ class ChatTemplate:
         """Return the text of a chat, as `apply_chat_template(tokenize=False)` does, or raise BadRow."""
         return self._render([messages], tools, add_generation_prompt)[0][0]
 
-    def spans(self, messages: Sequence[Turn], tools: Tools = None, train_on: str = "assistant") -> tuple[str, list[Span]]:
-        """Return the text of a chat and the stretches of it, [start, end) in characters, that are supervised.
-
-        *train_on* is all, assistant (auto means that, too), last_turn or completion. A stretch holds the answer and how
-        the template closes it. Raise BadRow where the template refuses the chat or an answer can't be told from the rest.
-        """
-        text, turns = self.turns(messages, tools, train_on)
-        return text, [span for turn in turns for span in turn]
-
     def turns(self, messages: Sequence[Turn], tools: Tools, train_on: str) -> tuple[str, list[list[Span]]]:
-        """Return the text of a chat and the stretches of each supervised turn; a template may mark several in a turn."""
+        """Return the text of a chat and the stretches, [start, end) in characters, of each supervised turn.
+
+        *train_on* is all, assistant (auto means that, too), last_turn or completion. A stretch holds the answer and how the
+        template closes it; a template may mark several in a turn. Raise BadRow where the template refuses the chat or an
+        answer can't be told from the rest.
+        """
         if train_on == "all":
             text = self.render(messages, tools)
             return text, [[(0, len(text))]]

@@ -209,3 +209,17 @@ def test_the_second_time_the_samples_come_from_the_cache(tokenizer: Any, monkeyp
     for change in ({"template": "plain"}, {"train_on": "all"}, {"sequence_length": 64}):
         with pytest.raises(TypeError):  # the encoder is called again, and gives nothing
             encode(source, tokenizer, data(**change))
+
+
+def test_what_a_template_lacks_in_the_tokenizer_is_told_with_a_remedy_that_helps(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    bare.eos_token = None
+    for template, told in (
+        ("plain", "data.template: plain ends answers with EOS, and the tokenizer has none; use chatml"),
+        ("chatml", "writes <|im_start|>, <|im_end|>, no special tokens of the model's; add them with tokens.add, or use plain"),
+    ):
+        with caplog.at_level(logging.WARNING, "qlora_core"), pytest.raises(DataError, match="the end of none is supervised"):
+            encode(chats(GOOD), bare, data(template=template))
+        assert told in caplog.text

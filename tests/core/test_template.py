@@ -35,8 +35,14 @@ def fixture(name: str, **special: str) -> ChatTemplate:
     return ChatTemplate(name, source, special={"bos_token": "<s>", "eos_token": "</s>", **special})
 
 
+def flat(rendered: tuple[str, list[list[tuple[int, int]]]]) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text and the stretches of all turns in one list."""
+    text, turns = rendered
+    return text, [span for turn in turns for span in turn]
+
+
 def cut(template: ChatTemplate, messages: list[dict[str, Any]], train_on: str = "assistant", tools: Any = None) -> list[str]:
-    text, spans = template.spans(messages, tools, train_on)
+    text, spans = flat(template.turns(messages, tools, train_on))
     return [text[start:end] for start, end in spans]
 
 
@@ -105,7 +111,7 @@ def test_our_templates_write_the_published_forms_and_their_answers_are_found(nam
     tokenizer = make()
     template = ChatTemplate.choose(tokenizer, name)
     assert template is not None
-    text, spans = template.spans(CHAT, None, "assistant")
+    text, spans = flat(template.turns(CHAT, None, "assistant"))
     for start, end in reversed(spans):
         text = f"{text[:start]}[{text[start:end]}]{text[end:]}"
     expected = TEXTS[name].replace("{INST}", "\0").replace("{/INST}", "\1")
@@ -166,6 +172,10 @@ def test_missing_tokens_are_those_that_a_named_template_writes() -> None:
     plain = ChatTemplate.choose(tokenizer, "plain")
     assert plain is not None
     assert plain.missing_tokens(tokenizer) == ["eos_token"]
+    tokenizer.bos_token = None  # which a template then does not write: nobody has to add a token of that name
+    llama = ChatTemplate.choose(tokenizer, "llama3")
+    assert llama is not None
+    assert llama.missing_tokens(tokenizer) == ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def test_control_tokens_are_those_that_a_file_has_and_those_known_of_ours() -> None:
