@@ -22,6 +22,7 @@ from qlora_core.errors import DataError
 from qlora_core.packed import prepare_packed
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
+from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss, score
 from qlora_core.training.order import EpochOrder, FollowEpochs
 
@@ -95,6 +96,7 @@ class QLoRATrainer(transformers.Trainer):
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
         self._paused = 0.0
+        self._head: Head | None = None
 
     # What is trained on
 
@@ -102,10 +104,35 @@ class QLoRATrainer(transformers.Trainer):
         """Return our order, unless `training.extra` asks for one of the library's."""
         return super()._get_train_sampler(train_dataset) if self._order is None else self._order
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the library's loss, for inputs that hold only what a model takes; a cache would be of no use."""
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss that the head computes, for inputs that hold only what a model takes; a cache would be of no use.
+
+        Whoever asks for the outputs gets whole logits, and their loss.
+        """
         taken = {name: value for name, value in inputs.items() if name != REAL_TOKENS}
-        return super().compute_loss(model, {**taken, "use_cache": False}, *args, **kwargs)
+        head = Head() if return_outputs else self._head_of(model)
+        with head.computing(inputs["labels"], num_items_in_batch) as computed:
+
+            def loss(outputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if computed.loss is None:
+                    return causal_lm_loss(outputs, *args, **kwargs)
+                # the logits are empty, so their sum is 0; by it what wraps the model sees the backward pass begin
+                total: torch.Tensor = computed.loss + outputs.logits.sum()
+                return total
+
+            self.compute_loss_func = loss
+            return super().compute_loss(model, {**taken, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def _head_of(self, model: torch.nn.Module) -> Head:
+        if self._head is None:
+            self._head = Head.of(model)
+        return self._head
 
     # What is measured
 
@@ -152,6 +179,7 @@ class QLoRATrainer(transformers.Trainer):
                 device=self.args.device,
                 gather=self.accelerator.gather_for_metrics,
                 after_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+                head=self._head_of(model),
             )
         metrics = {f"{prefix}_loss": result.loss, "perplexity": result.perplexity, f"{prefix}_tokens": result.tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
