@@ -44,6 +44,11 @@ class ModelConfig(Section):
         description="cast norms, embeddings and head to float32, as prepare_model_for_kbit_training does; "
         "slower, and 4 bytes per parameter instead of 2",
     )
+    cache: bool = Field(
+        True,
+        description="keep the quantised model on disk and load it from there next time; takes half a byte per quantised "
+        "parameter and 2 per other one, in ~/.cache/qlora-core/quantized",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model; only if you trust it")
 
     @field_validator("path")

@@ -88,15 +88,14 @@ def load_model(
     Parameters that are not quantised stay in the load dtype; `upcast` casts them to float32, as peft's
     `prepare_model_for_kbit_training` does. A *tokenizer* with more tokens than the model has embeddings makes the
     embeddings grow; each new row is the mean of the old ones.
+
+    Weights are read and quantised one by one. With `cache` the result is kept on disk, and loaded from there next time.
     """
     config = _as_config(model)
     import_libraries()
-    import torch
-    import transformers
-    from safetensors import SafetensorError
 
-    from qlora_core.device import pick_device
     from qlora_core.packed import guard
+    from qlora_core.quantized import find_entry
 
     skeleton = build_skeleton(config) if skeleton is None else skeleton
     arguments: dict[str, Any] = {}
@@ -105,37 +104,16 @@ def load_model(
             arguments = answered(quantizer, "load_kwargs", quantizer.load_kwargs(skeleton), dict, "a dict")
     if not _stored_alike(skeleton, arguments):
         raise ModelError(f"model.path: {config.path!r} is stored quantised already; name its quantizer, or use the original")
-    device = pick_device()
-    loaded: tuple[Any, dict[str, Any]]
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            config.path,
-            dtype=skeleton.dtype,
-            output_loading_info=True,
-            **({"device_map": {"": device}} if device.type != "cpu" else {}),
-            **_source(config),
-            **arguments,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # cut short, another shape, ...
-        stored = f" with {quantizer.name}" if quantizer is not None else ""
-        raise ModelError(f"model.path: {config.path!r} can't be loaded{stored}: {_first(error)}") from error
-    base, report = loaded
-    if report["missing_keys"]:
-        names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(f"model.path: {config.path!r} lacks weights ({names}, ...); they would be random. Get it again")
-    base.requires_grad_(False)
-    if quantizer is not None:
-        with calling(quantizer, "prepare"):
-            base = answered(quantizer, "prepare", quantizer.prepare(base), torch.nn.Module, "the model")
+    entry = find_entry(config, quantizer, skeleton, arguments) if quantizer is not None and config.cache else None
+    base = entry.load(quantizer) if entry is not None and quantizer is not None else None
+    if base is None:
+        base = _quantize(config, quantizer, skeleton, arguments)
+        if entry is not None and quantizer is not None:
+            entry.store(quantizer, base)
     if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
         _grow_embeddings(base, len(tokenizer))
     if config.upcast:
-        for module in base.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                half = parameter.dtype in (torch.float16, torch.bfloat16)
-                packed = quantizer is not None and name == "weight" and quantizer.is_quantized(module)
-                if half and not packed:
-                    parameter.data = parameter.data.float()
+        _upcast(base, quantizer)
     guard(base)
     return base.eval()
 
@@ -204,6 +182,53 @@ def add_tokens(
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     assert isinstance(ids, list)
     return ids
+
+
+def _quantize(
+    config: ModelConfig, quantizer: Quantizer | None, skeleton: transformers.PreTrainedModel, arguments: dict[str, Any]
+) -> transformers.PreTrainedModel:
+    """Return the model that *config* names, quantised weight by weight while it is read, and prepared."""
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    from qlora_core.device import pick_device
+
+    device = pick_device()
+    loaded: tuple[Any, dict[str, Any]]
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            config.path,
+            dtype=skeleton.dtype,
+            output_loading_info=True,
+            **({"device_map": {"": device}} if device.type != "cpu" else {}),
+            **_source(config),
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:  # cut short, another shape, ...
+        stored = f" with {quantizer.name}" if quantizer is not None else ""
+        raise ModelError(f"model.path: {config.path!r} can't be loaded{stored}: {_first(error)}") from error
+    base, report = loaded
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"model.path: {config.path!r} lacks weights ({names}, ...); they would be random. Get it again")
+    base.requires_grad_(False)
+    if quantizer is not None:
+        with calling(quantizer, "prepare"):
+            base = answered(quantizer, "prepare", quantizer.prepare(base), torch.nn.Module, "the model")
+    return base
+
+
+def _upcast(base: transformers.PreTrainedModel, quantizer: Quantizer | None) -> None:
+    """Cast every parameter of 16 bits to float32, the packed weights excepted."""
+    import torch
+
+    for module in base.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            half = parameter.dtype in (torch.float16, torch.bfloat16)
+            packed = quantizer is not None and name == "weight" and quantizer.is_quantized(module)
+            if half and not packed:
+                parameter.data = parameter.data.float()
 
 
 def _stored_alike(skeleton: transformers.PreTrainedModel, arguments: dict[str, Any]) -> bool:

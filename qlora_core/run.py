@@ -131,6 +131,8 @@ class Run:
             before, now = (getattr(config, section) for config in (stored, self.config))
             if section == "data":  # what becomes of rows that are wrong may change: a stream may have stopped at one
                 before = before.model_copy(update={"on_problem": now.on_problem})
+            if section == "model":  # the same bits, with and without
+                before = before.model_copy(update={"cache": now.cache})
             if before != now:
                 raise RunError(
                     f"{section}: the run in {self.folder} began with another {section}; resume it with its own config.yaml, "

@@ -10,6 +10,9 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import get_keys_to_not_convert
 
+from qlora_bitsandbytes.packing import install_packing
+from qlora_core.device import pick_device
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def four_bit_config(name: str, options: FourBitOptions, skeleton: transformers.PreTrainedModel) -> BitsAndBytesConfig:
-    """Return the configuration for `nf4` or `fp4`, by *name*."""
+    """Return the configuration for `nf4` or `fp4`, by *name*; from now on the CPU packs them by `pack_4bit`."""
+    install_packing()
     compute = skeleton.dtype if options.compute_dtype == "auto" else getattr(torch, options.compute_dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -55,7 +59,9 @@ def keep_packing(model: transformers.PreTrainedModel) -> transformers.PreTrained
 
 def load_packed(folder: Path) -> transformers.PreTrainedModel:
     """Return the model that `save_pretrained` wrote packed into *folder*; config.json says how."""
-    model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    device = pick_device()
+    place = {"device_map": {"": device}} if device.type != "cpu" else {}
+    model: transformers.PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **place)
     return keep_packing(model.requires_grad_(False))
 
 

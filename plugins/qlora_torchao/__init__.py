@@ -64,7 +64,11 @@ class AOInt8(Quantizer):
         """Return what `save` wrote."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").requires_grad_(False)
+        from qlora_core.device import pick_device
+
+        device = pick_device()
+        place = {"device_map": {"": device}} if device.type != "cpu" else {}
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **place).requires_grad_(False)
 
 
 @hookimpl

@@ -56,8 +56,9 @@ def _report() -> dict[str, Any]:
     import torch
 
     from qlora_core.device import pick_device, supports_bf16
+    from qlora_core.quantized import kept_entries, quantized_folder
 
-    device = pick_device()
+    device, kept = pick_device(), kept_entries()
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable, "system": platform.platform()},
         "packages": packages,
@@ -70,6 +71,7 @@ def _report() -> dict[str, Any]:
         },
         "bitsandbytes": bitsandbytes,
         "memory": _memory(device),
+        "quantized_models": {"folder": str(quantized_folder()), "number": len(kept), "bytes": sum(size for _, size in kept)},
     }
 
 
@@ -122,6 +124,10 @@ def _show(report: dict[str, Any]) -> None:
     memory = report["memory"]
     if memory["total_bytes"]:
         table.add_row("memory", f"{memory['free_bytes'] / 1e9:.1f} of {memory['total_bytes'] / 1e9:.1f} GB free", mark(True))
+    kept = report["quantized_models"]
+    table.add_row(
+        "quantised models kept", f"{kept['number']}, {kept['bytes'] / 1e6:,.0f} MB in {escape(kept['folder'])}", mark(True)
+    )
     for name, plugin in report["plugins"].items():
         status = {"ok": mark(True), "blocked": "[yellow]disabled[/yellow]"}.get(plugin["status"], mark(False))
         table.add_row(escape(f"plugin {name}"), escape(plugin["failure"] or plugin["from"]), status)

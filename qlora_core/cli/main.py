@@ -15,7 +15,7 @@ import typer
 
 from qlora_core import __version__
 from qlora_core.calls import ProviderFailed
-from qlora_core.cli import config, data, demo, doctor, evaluate, export, generate, plugins, train
+from qlora_core.cli import config, data, demo, doctor, evaluate, export, generate, plugins, quantize, train
 from qlora_core.errors import QLoRAError
 
 __all__ = ["app", "main"]
@@ -34,6 +34,7 @@ app.command("data")(data.data)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("quantize")(quantize.quantize)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(plugins.app)

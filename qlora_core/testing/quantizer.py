@@ -137,12 +137,15 @@ class QuantizerConformance(Conformance):
         assert same, "loss or gradients differ after an evaluation; the layers repack their weights in eval mode"
 
     def test_saving_and_loading_gives_the_same_bits(self) -> None:
-        """save and load give a model with the same logits, bit for bit, without a pickle"""
+        """save and load give a model with the same parameters and logits, bit for bit, on the same device, without a pickle"""
         quantizer, model = self.base()
         with tempfile.TemporaryDirectory() as folder:
             quantizer.save(model, Path(folder))
             check_no_pickle(Path(folder))
             again = quantizer.load(Path(folder)).eval()
+        forms, forms_again = ({n: (p.dtype, p.shape, p.device) for n, p in m.named_parameters()} for m in (model, again))
+        odd = sorted({name for name, _ in forms.items() ^ forms_again.items()})
+        assert not odd, f"{odd[0]} has another dtype, shape or device after loading: {forms_again.get(odd[0])}" if odd else ""
         with torch.no_grad():
             ours, theirs = (m.eval()(input_ids=tiny_ids(m)).logits for m in (model, again))
         assert torch.equal(ours, theirs), f"logits differ by up to {float((ours - theirs).abs().max()):.3g} after loading"

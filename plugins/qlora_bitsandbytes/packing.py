@@ -1,0 +1,94 @@
+"""Pack weights into 4 bits on the CPU: the bits of bitsandbytes, several times as fast and in little memory. Imported late.
+
+bitsandbytes 0.50 has no CPU kernel for this. Its formula in torch works on a whole matrix at once, some 16 bytes per weight
+beside it, and finds each weight's level by binary search, which no CPU does many at a time. Here a table says the level of
+nearly every weight, and the few that lie beside a border between two levels are searched for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import bitsandbytes.functional
+import torch
+
+__all__ = ["install_packing", "pack_4bit"]
+
+OPERATOR = "bitsandbytes::quantize_4bit"
+CHUNK = 2**19
+"""Weights that are worked on together: their float32 copies fit a cache. A multiple of every block size."""
+BINS = 2**15
+"""Bins of the table between 0 and 1."""
+UNSURE = 255
+"""In the table: a border lies in this bin."""
+
+
+def install_packing() -> None:
+    """Let bitsandbytes quantise to 4 bits with `pack_4bit` on the CPU, unless it has a kernel of its own there."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATOR, "CPU"):
+        torch.library.register_kernel(OPERATOR, "cpu", pack_4bit)
+
+
+def pack_4bit(
+    weights: torch.Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `bitsandbytes::quantize_4bit` does: packed levels, (ceil(n / 2), 1) uint8, and scales, (blocks,) float32.
+
+    Of two levels in a byte the first is the high one. They may be viewed as *quant_storage*.
+    """
+    flat = weights.reshape(-1)
+    size, whole = flat.numel(), flat.numel() // blocksize * blocksize
+    packed = torch.empty((size + 1) // 2, dtype=torch.uint8)
+    scales = torch.empty(-(-size // blocksize), dtype=torch.float32)
+    borders, order, table = _borders(quant_type)
+    for start in range(0, whole, CHUNK):
+        chunk = flat[start : min(start + CHUNK, whole)].float().view(-1, blocksize)
+        largest = scales[start // blocksize : start // blocksize + len(chunk)]
+        torch.amax(chunk.abs(), dim=1, out=largest)
+        scaled = chunk.mul(1.0 / largest.clamp(min=1e-38).view(-1, 1)).clamp_(-1, 1).view(-1)
+        finite = bool(largest.isfinite().all())
+        levels = _levels(scaled, table, borders, order) if finite else order[torch.bucketize(scaled, borders)]
+        packed[start // 2 : (start + len(levels)) // 2] = _pairs(levels)
+    if whole < size:  # the last block, which is divided by its scale where the others are multiplied by its inverse
+        rest = flat[whole:].float()
+        scales[-1] = rest.abs().max().clamp(min=1e-38)
+        scaled = torch.clamp(rest / scales[-1], -1, 1)
+        scaled = torch.nn.functional.pad(scaled, (0, size % 2))
+        packed[whole // 2 :] = _pairs(order[torch.bucketize(scaled, borders)])
+    if quant_storage != torch.uint8:
+        packed = packed.view(quant_storage)
+    return packed.unsqueeze(1), scales
+
+
+@functools.cache
+def _borders(quant_type: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the 15 midpoints between the levels in order, float32, the level above each, (16,) uint8, and a table.
+
+    The table has the level of each bin, (2 * BINS + 1,) uint8, UNSURE where a border lies in it.
+    """
+    code = bitsandbytes.functional.get_4bit_type(quant_type, device="cpu")
+    places = torch.argsort(code)
+    borders, order = (code[places[:-1]] + code[places[1:]]) / 2, places.to(torch.uint8)
+    at = _bins(borders)
+    table = order[torch.bucketize(torch.arange(2 * BINS + 1, dtype=torch.int32), at)]
+    table[at] = UNSURE
+    return borders, order, table
+
+
+def _bins(scaled: torch.Tensor) -> torch.Tensor:
+    """Return the bin of each weight in -1 to 1, int32; it never falls as the weight grows, whatever is lost to rounding."""
+    return scaled.add(1.0).mul_(BINS).int()
+
+
+def _levels(scaled: torch.Tensor, table: torch.Tensor, borders: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the level of each weight, (n,) uint8; *scaled* lies in -1 to 1."""
+    levels = table.index_select(0, _bins(scaled))
+    unsure = (levels == UNSURE).nonzero().view(-1)
+    levels[unsure] = order[torch.bucketize(scaled[unsure], borders)]
+    return levels
+
+
+def _pairs(levels: torch.Tensor) -> torch.Tensor:
+    """Return two levels per byte, (n / 2,) uint8; the first is the high one."""
+    pairs = levels.view(-1, 2)
+    return pairs[:, 0].bitwise_left_shift(4).bitwise_or_(pairs[:, 1])
