@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora_core.errors import ModelError
 
-__all__ = ["PER_DOCUMENT", "Documents", "attend_per_document", "base_of"]
+__all__ = ["PER_DOCUMENT", "Documents", "attend_as_before", "attend_per_document", "base_of"]
 
-PER_DOCUMENT = "sdpa_per_document"  # the name of our attention among those of transformers
+PER_DOCUMENT = "_per_document"  # what the name of an attention of transformers ends in where it is ours around another
 ALIGNED = 64  # on CPUs documents are padded to multiples of it: bfloat16 kernels are compiled, and kept, for each length
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -44,34 +45,45 @@ class Documents:
 def attend_per_document(model: torch.nn.Module) -> bool:
     """Let *model* attend within each document of a packed batch; return whether it does.
 
-    It does if it attends by transformers' `sdpa` and every layer is causal attention, full or sliding. All other batches, and
-    generation, go through `sdpa` as before.
+    It does if every layer is causal attention, full or sliding, by transformers' `sdpa` or by another that is registered there
+    with the masks of `sdpa` (as kernels may do), which then is called for each document. All other batches, and generation,
+    are given to that attention as before.
     """
     base = base_of(model)
     config = base.config
-    if config._attn_implementation == PER_DOCUMENT:
+    name = config._attn_implementation
+    if name.endswith(PER_DOCUMENT):
         return True
     layers = set(getattr(config, "layer_types", None) or ())
     plain = config.get_text_config() is config and layers <= KNOWN_LAYERS and not getattr(config, "attention_chunk_size", None)
-    if config._attn_implementation != "sdpa" or not plain or not base._can_set_attn_implementation():
+    masked_alike = ALL_MASK_ATTENTION_FUNCTIONS.get(name) is sdpa_mask
+    if not masked_alike or not plain or not base._can_set_attn_implementation():
         return False
-    transformers.AttentionInterface.register(PER_DOCUMENT, _attention)
-    AttentionMaskInterface.register(PER_DOCUMENT, _mask)
-    base.set_attn_implementation(PER_DOCUMENT)
+    inner = ALL_ATTENTION_FUNCTIONS[name]
+    transformers.AttentionInterface.register(name + PER_DOCUMENT, functools.partial(_attention, inner))
+    AttentionMaskInterface.register(name + PER_DOCUMENT, _mask)
+    base.set_attn_implementation(name + PER_DOCUMENT)
     return True
 
 
+def attend_as_before(model: torch.nn.Module) -> None:
+    """Undo `attend_per_document`."""
+    base = base_of(model)
+    base.set_attn_implementation(base.config._attn_implementation.removesuffix(PER_DOCUMENT))
+
+
 def _attention(
+    inner: Callable[..., tuple[torch.Tensor, Any]],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | Documents | None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, Any]:
     """Return the output (B, T, heads, d_value) of attention; query (B, heads, T, d), key and value (B, kv_heads, T, d)."""
     if not isinstance(attention_mask, Documents):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return inner(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("a position bias over the whole block can't be added per document")
     step = ALIGNED if query.device.type == "cpu" else 1
@@ -84,7 +96,7 @@ def _attention(
             if rest:  # no token sees what comes after it, so what stands there does not matter
                 qkv = [F.pad(tensor, (0, 0, 0, rest)) for tensor in qkv]
             mask = attention_mask.mask(size, rest, query.device)
-            outputs.append(sdpa_attention_forward(module, *qkv, mask, **kwargs)[0][:, :size])
+            outputs.append(inner(module, *qkv, mask, **kwargs)[0][:, :size])
     output = torch.cat(outputs, dim=1)  # (1, B * T, heads, d_value): rows follow upon each other, too
     return output.view(query.shape[0], query.shape[2], *output.shape[2:]), None
 

@@ -181,7 +181,7 @@ class TrainingConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay of the trained matrices")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm to this; 0 switches clipping off")
-    optimizer: str = Field("adamw_torch", description="by the Trainer's names (optim); paged_adamw_8bit saves memory on CUDA")
+    optimizer: str = Field("adamw_torch_fused", description="by the Trainer's names (optim); paged_adamw_8bit saves on CUDA")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: about a third slower, far less memory"
     )

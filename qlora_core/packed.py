@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import transformers
 
-from qlora_core.attention import PER_DOCUMENT, attend_per_document, base_of
+from qlora_core.attention import PER_DOCUMENT, attend_as_before, attend_per_document, base_of
 from qlora_core.errors import DataError, ModelError
 
-__all__ = ["check_packing", "guard", "prepare_packed"]
+__all__ = ["at_rest", "check_packing", "guard", "prepare_packed"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -34,8 +34,8 @@ def prepare_packed(model: torch.nn.Module) -> None:
     base = base_of(model)
     if attend_per_document(model) and not _refusal(model):
         return
-    if base.config._attn_implementation == PER_DOCUMENT:
-        base.set_attn_implementation("sdpa")
+    if base.config._attn_implementation.endswith(PER_DOCUMENT):
+        attend_as_before(model)
     refusal = _refusal(model)
     if refusal is None:
         return
@@ -134,7 +134,7 @@ def check_packing(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     document, *others = (torch.randint(vocabulary, (length,), generator=generator) for length in (19, 13, 13))
     size = len(document)
-    with _at_rest(model):
+    with at_rest(model):
         alone = _logits(model, [document])[0]
         joined = [torch.cat([other, document]) for other in others]
         beside = [_logits(model, [document], [both[:size]])[0] for both in joined]
@@ -202,7 +202,7 @@ def _noise(model: torch.nn.Module) -> float:
 
 
 @contextlib.contextmanager
-def _at_rest(model: torch.nn.Module) -> Iterator[None]:
+def at_rest(model: torch.nn.Module) -> Iterator[None]:
     """Put *model* in eval mode without gradients, and every module back in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

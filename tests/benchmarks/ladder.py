@@ -21,7 +21,8 @@ from process import ChildError
 from settings import Setting
 from verdict import figures
 
-OFF = "kernels={name: fused, linear: false, norm: false, mlp: false, rotary: false, attention: false}"
+PARTS = ("linear", "attention", "mlp", "norm", "rotary", "keep_pages")
+OFF = "kernels={name: fused, " + ", ".join(f"{part}: false" for part in PARTS) + "}"
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ LADDER = (
     Rung("Trainer by hand", peer="trainer"),
     Rung("qlora-core, plain kernels", ("kernels=reference",)),
     Rung("+ 4-bit linear layers", (OFF, "kernels.linear=true")),
-    Rung("+ norms", ("kernels.norm=true",)),
+    Rung("+ attention in blocks", ("kernels.attention=true",)),
     Rung("+ MLP", ("kernels.mlp=true",)),
+    Rung("+ norms, float32 residuals", ("kernels.norm=true",)),
     Rung("+ rotary positions", ("kernels.rotary=true",)),
-    Rung("+ attention", ("kernels.attention=true",)),
+    Rung("+ pages kept", ("kernels.keep_pages=true",)),
     Rung("+ full checkpointing", ("training.gradient_checkpointing=true",)),
 )
 

@@ -72,7 +72,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     training = config.training
     assert (training.epochs, training.max_steps, training.batch_size, training.gradient_accumulation) == (1.0, None, 2, 1)
     assert (training.learning_rate, training.scheduler, training.warmup) == (2e-4, "linear", 0.03)
-    assert (training.weight_decay, training.max_grad_norm, training.optimizer) == (0.0, 1.0, "adamw_torch")
+    assert (training.weight_decay, training.max_grad_norm, training.optimizer) == (0.0, 1.0, "adamw_torch_fused")
     assert (training.seed, training.keep, training.save_total_limit, training.extra) == (0, "last", 2, {})
     assert (config.tokens.add, config.plugins, config.disable_plugins) == ((), (), ())
 

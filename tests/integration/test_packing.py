@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CHATS = Path(__file__).parents[3] / "shared" / "data" / "chat" / "openassistant_messages.jsonl"
 CAPACITY = 100
 WINDOWED = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SDPA = "sdpa" + PER_DOCUMENT
 PER_DOCUMENT_KINDS = ["llama", "gpt_neox", "gpt2", "qwen2", "qwen3", "gemma", "phi", "mixtral", "mistral", "gemma3_text"]
 Sample = dict[str, torch.Tensor]
 
@@ -158,7 +159,7 @@ def assert_alike(model: torch.nn.Module, reference: torch.nn.Module, samples: Se
 def test_attention_per_document_gives_what_each_sample_gives_alone(kind: str) -> None:
     model = model_of(kind)
     prepare_packed(model)
-    assert model.config._attn_implementation == PER_DOCUMENT
+    assert model.config._attn_implementation == SDPA
     assert_alike(model, model_of(kind, "eager"), random_samples())
 
 
@@ -178,7 +179,7 @@ def test_opt_whose_own_mask_knows_no_positions_is_given_one(attention: str) -> N
         assert_alike(model, model_of("opt", attention), random_samples())
 
 
-@pytest.mark.parametrize("attention", [PER_DOCUMENT, "sdpa", "eager"])
+@pytest.mark.parametrize("attention", [SDPA, "sdpa", "eager"])
 def test_real_chats_with_an_adapter_give_its_gradients(make_model: Callable[..., Path], attention: str) -> None:
     def adapted(implementation: str) -> Any:
         model = inject_adapter(model_of("llama", implementation), LoRA(r=4))
@@ -188,10 +189,10 @@ def test_real_chats_with_an_adapter_give_its_gradients(make_model: Callable[...,
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
         return model
 
-    model = adapted("sdpa" if attention == PER_DOCUMENT else attention)
-    if attention == PER_DOCUMENT:
+    model = adapted("sdpa" if attention == SDPA else attention)
+    if attention == SDPA:
         prepare_packed(model)
-        assert model.base_model.model.config._attn_implementation == PER_DOCUMENT
+        assert model.base_model.model.config._attn_implementation == SDPA
     samples = chat_samples(make_model("llama"))
     assert any((sample["labels"] == IGNORED).any() for sample in samples)
     assert_alike(model, adapted("eager"), samples)
@@ -251,7 +252,7 @@ def test_rounding_by_what_else_is_in_the_batch_is_not_taken_for_a_leak(demo_fold
     """LLM.int8 computes the columns with an outlier anywhere in the batch otherwise: noise, packed or not."""
     model = load_model(str(demo_folder), Int8())
     prepare_packed(model)
-    assert model.config._attn_implementation == PER_DOCUMENT
+    assert model.config._attn_implementation == SDPA
 
 
 # Memory

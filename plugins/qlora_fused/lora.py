@@ -1,0 +1,220 @@
+"""LoRA on frozen linear layers as one autograd function: y_i = x Q(W_i)^T + b_i + s_i (x A_i^T) B_i^T, for layers that share x.
+
+Q(W) is made from its packed form in the forward pass and again in the backward pass, and never saved. Products with A and B are
+added into the large ones, and those of layers that share their input are made together.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+__all__ = ["Group", "Member", "backward", "compute_dtype", "forward", "fuse_group", "fusible", "members_of"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One frozen layer, with the scale of its adapter (alpha / r) and the dropout of the adapter's input."""
+
+    layer: torch.nn.Module
+    scale: float
+    dropout: float
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return Q(W), (out_features, in_features), in *dtype*."""
+        weight: Any = self.layer.weight
+        if isinstance(self.layer, Linear4bit):
+            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return weight.detach().to(dtype)  # type: ignore[no-any-return]
+
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add x Q(W)^T + b to y (rows, out_features) in place, and return it; y comes small, so that rounding counts once."""
+        if self.layer.bias is not None:
+            y.add_(self.layer.bias.detach())  # type: ignore[operator]
+        return y.addmm_(x, self.weight(x.dtype).t())
+
+
+def forward(
+    x: Tensor, members: Sequence[Member], a: Sequence[Tensor], b: Sequence[Tensor], seen: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Return y_i (rows, out_i), and h = x [A_1; A_2; ...]^T (rows, sum of ranks), which `backward` needs.
+
+    x: (rows, in); A_i: (r_i, in); B_i: (out_i, r_i), all of the dtype of the products. *seen* is x after dropout.
+    """
+    h = (x if seen is None else seen) @ torch.cat(list(a)).t()
+    parts = zip(members, h.split([part.shape[1] for part in b], dim=1), b, strict=True)
+    # the small product first: added to the large one while that is still float32, and the sum is rounded once
+    return [member.add_product(torch.mm(own, (part * member.scale).t()), x) for member, own, part in parts], h
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    h: Tensor,
+    members: Sequence[Member],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *,
+    needs_dx: bool = True,
+    kept: Tensor | None = None,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Return the gradients of x, or None unless *needs_dx*, of all A, and of all B; *kept* is the mask of dropout over 1 - p.
+
+    With dropout *x* and *h* are those of the adapter's path: x after dropout, and its product with A.
+    """
+    ranks = [part.shape[1] for part in b]
+    dh = torch.empty_like(h)
+    db = []
+    for dy, own, grad, part, member in zip(dys, h.split(ranks, 1), dh.split(ranks, 1), b, members, strict=True):
+        grad.copy_(torch.mm(dy, part * member.scale))
+        db.append(torch.mm(dy.t(), own).float().mul_(member.scale))
+    da = list(torch.mm(dh.t(), x).float().split(ranks))
+    if not needs_dx:
+        return None, da, db
+    dx = torch.mm(dh, torch.cat(list(a)))
+    if kept is not None:
+        dx.mul_(kept)
+    for dy, member in zip(dys, members, strict=True):
+        dx.addmm_(dy, member.weight(x.dtype))
+    return dx, da, db
+
+
+class FusedLinear(torch.autograd.Function):
+    """The layers of a group; `apply(x, members, *A, *B)` returns one y for each. x: (..., in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, members: Sequence[Member], *ab: Tensor) -> tuple[Tensor, ...]:
+        """Compute y; with dropout, which is drawn as PEFT draws it, there is one member."""
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = _halves([part.to(x.dtype) for part in ab])
+        kept = seen = None
+        if members[0].dropout:
+            kept = torch.empty_like(x).bernoulli_(1 - members[0].dropout).view_as(flat)
+            seen = flat * kept.div(1 - members[0].dropout)
+        ys, h = forward(flat, members, a, b, seen)
+        ctx.members = members
+        ctx.dropped = kept is not None
+        ctx.save_for_backward(*((flat,) if kept is None else (flat, kept.bool())), h, *ab)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, of all A and of all B."""
+        x, *rest = ctx.saved_tensors
+        kept = None
+        if ctx.dropped:
+            kept = rest.pop(0).to(x.dtype).div_(1 - ctx.members[0].dropout)
+        h, *ab = rest
+        a, b = _halves([part.to(x.dtype) for part in ab])
+        flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        seen = x if kept is None else x * kept
+        dx, da, db = backward(flat, seen, h, ctx.members, a, b, needs_dx=ctx.needs_input_grad[0], kept=kept)
+        return None if dx is None else dx.view(*dys[0].shape[:-1], -1), None, *da, *db
+
+
+def _halves(ab: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return ab[: len(ab) // 2], ab[len(ab) // 2 :]
+
+
+def _compute(x: Tensor, members: Sequence[Member], ab: list[Tensor]) -> Sequence[Tensor]:
+    if torch.is_grad_enabled() or any(member.dropout for member in members):
+        return FusedLinear.apply(x, members, *ab)  # type: ignore[no-any-return,no-untyped-call]
+    ys, _ = forward(x.reshape(-1, x.shape[-1]), members, *_halves([part.to(x.dtype) for part in ab]))
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def fusible(layer: torch.nn.Module) -> bool:
+    """Return whether *layer* is LoRA of PEFT on a frozen linear layer, packed in 4 bits or plain."""
+    if not isinstance(layer, LoraLayer):
+        return False
+    base: Any = layer.get_base_layer()
+    if isinstance(base, Linear4bit):
+        return base.weight.quant_state is not None and not _trained(base)
+    return type(base) is torch.nn.Linear and not _trained(base)
+
+
+def _trained(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def members_of(layers: Sequence[Any]) -> tuple[tuple[Member, ...], list[Tensor]] | None:
+    """Return *layers* as their adapters stand now, with all A and all B; None where that is for PEFT to compute.
+
+    So it is where no adapter is active, or several are, and where one is merged or is of a variant such as DoRA.
+    """
+    members, a, b = [], [], []
+    for layer in layers:
+        active = layer.active_adapters
+        if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
+            return None
+        name = active[0]
+        if name in layer.lora_variant or layer.lora_bias.get(name):
+            return None
+        dropout = layer.lora_dropout[name]
+        rate = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
+        members.append(Member(layer.get_base_layer(), layer.scaling[name], rate))
+        a.append(layer.lora_A[name].weight)
+        b.append(layer.lora_B[name].weight)
+    return tuple(members), [*a, *b]
+
+
+def compute_dtype(x: Tensor, layer: Any) -> torch.dtype:
+    """Return the dtype of the products of *layer*, LoRA of PEFT, with *x*: autocast's, else the layer's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    base = layer.get_base_layer()
+    return (base.compute_dtype or x.dtype) if isinstance(base, Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
+
+
+class Group:
+    """Layers that their parent calls one after the other with the same input: the first call computes all of them."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        self.x: Tensor | None = None
+        self.ys: dict[int, Tensor] = {}
+
+    def call(self, index: int, x: Tensor) -> Tensor | None:
+        """Return y of the layer at *index* for *x*, or None where that is for PEFT to compute."""
+        if index and self.x is x and index in self.ys:
+            y = self.ys.pop(index)
+            if not self.ys:
+                self.x = None
+            return y
+        self.x, self.ys = None, {}
+        found = members_of(self.layers[index:] if not index else self.layers[index : index + 1])
+        if found is None:
+            found = members_of(self.layers[index : index + 1])
+        if found is None:
+            return None
+        members, ab = found
+        if members[0].dropout or any(member.dropout for member in members):
+            members, ab = members_of(self.layers[index : index + 1])  # type: ignore[misc]
+        cast = x.to(compute_dtype(x, self.layers[index]))
+        with torch.autocast(x.device.type, enabled=False):
+            y, *others = _compute(cast, members, ab)
+        if others:
+            self.x, self.ys = x, dict(enumerate(others, start=1))
+        return y  # type: ignore[no-any-return]
+
+
+def fuse_group(layers: Sequence[Any]) -> None:
+    """Let *layers*, all `fusible`, compute as one group."""
+    group = Group(layers)
+    for index, layer in enumerate(layers):
+        usual = layer.forward
+
+        def forward(self: Any, x: Tensor, *args: Any, _index: int = index, _usual: Any = usual, **kwargs: Any) -> Tensor:
+            y = None if args or kwargs else group.call(_index, x)
+            return _usual(x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
+
+        layer.forward = types.MethodType(forward, layer)

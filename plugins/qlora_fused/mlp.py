@@ -1,0 +1,119 @@
+"""Gated MLPs, down(act(gate(x)) * up(x)), as one function that saves x, gate(x) and up(x), and makes the product again.
+
+Known by what they compute, whatever their class: Llama's, Qwen's, Mistral's, Gemma's and others.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_fused.lora import Member, backward, compute_dtype, forward, members_of
+
+__all__ = ["ACTIVATIONS", "activation_of", "fuse_mlp"]
+
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
+    "silu": (torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input, {}),
+    "gelu": (torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input, {"approximate": "none"}),
+    "gelu_tanh": (torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input, {"approximate": "tanh"}),
+}
+"""Each with its gradient and the arguments of both: `act(x, out=)`, `gradient(grad of the output, x, grad_input=)`."""
+WORKED_ON = 2**18  # elements that are float32 at a time: they stay in the cache, and need no new pages each time
+
+
+def _pieces(like: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield slices of the rows of *like* (rows, d), each with three float32 buffers of its size."""
+    size = max(1, WORKED_ON // like.shape[1]) if like.device.type == "cpu" else len(like)
+    buffers = [torch.empty(min(size, len(like)), like.shape[1], device=like.device) for _ in range(3)]
+    for start in range(0, len(like), size):
+        here = slice(start, min(start + size, len(like)))
+        yield here, [buffer[: here.stop - start] for buffer in buffers]
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return act(gate) * up, (rows, d), rounded once."""
+    act, _, arguments = ACTIVATIONS[activation]
+    product = torch.empty_like(up)
+    for here, (x, y, _) in _pieces(gate):
+        act(x.copy_(gate[here]), **arguments, out=y)
+        product[here] = y.mul_(up[here])
+    return product
+
+
+def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up, (rows, d), each rounded once."""
+    act, gradient, arguments = ACTIVATIONS[activation]
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    for here, (x, y, z) in _pieces(gate):
+        act(x.copy_(gate[here]), **arguments, out=y)
+        d_up[here] = y.mul_(d_product[here])
+        z.copy_(up[here]).mul_(d_product[here])
+        d_gate[here] = gradient(z, x, **arguments, grad_input=y)
+    return d_gate, d_up
+
+
+class FusedMLP(torch.autograd.Function):
+    """`apply(x, members, activation, *A, *B)` of gate, up and down, in this order. x: (..., in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, members: Sequence[Member], activation: str, *ab: Tensor) -> Tensor:
+        """Compute y (..., in)."""
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = _cast(ab, x.dtype)
+        (gate, up), h = forward(flat, members[:2], a[:2], b[:2])
+        product = gated(gate, up, activation)
+        (y,), h_down = forward(product, members[2:], a[2:], b[2:])
+        ctx.members, ctx.activation = members, activation
+        ctx.save_for_backward(flat, gate, up, h, h_down, *ab)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, of all A and of all B."""
+        x, gate, up, h, h_down, *ab = ctx.saved_tensors
+        a, b = _cast(ab, x.dtype)
+        flat = dy.reshape(-1, dy.shape[-1])
+        product = gated(gate, up, ctx.activation)
+        d_product, da_down, db_down = backward([flat], product, h_down, ctx.members[2:], a[2:], b[2:])
+        assert d_product is not None
+        d_gate, d_up = gated_backward(d_product, gate, up, ctx.activation)
+        wanted = ctx.needs_input_grad[0]
+        dx, da, db = backward([d_gate, d_up], x, h, ctx.members[:2], a[:2], b[:2], needs_dx=wanted)
+        return None if dx is None else dx.view(*dy.shape[:-1], -1), None, None, *da, *da_down, *db, *db_down
+
+
+def _cast(ab: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    half = [part.to(dtype) for part in ab]
+    return half[: len(half) // 2], half[len(half) // 2 :]
+
+
+def activation_of(module: torch.nn.Module) -> str | None:
+    """Return which of ACTIVATIONS *module* computes, or None."""
+    x = torch.linspace(-6, 6, 193, dtype=torch.float64)
+    with torch.no_grad():
+        y = module(x)
+    for name, (act, _, arguments) in ACTIVATIONS.items():
+        if torch.allclose(act(x, **arguments, out=torch.empty_like(x)), y, rtol=1e-9, atol=1e-12):
+            return name
+    return None
+
+
+def fuse_mlp(module: Any, activation: str) -> None:
+    """Let *module*, with `fusible` gate_proj, up_proj and down_proj, compute as one function where no dropout forbids it."""
+    usual = module.forward
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        found = members_of([self.gate_proj, self.up_proj, self.down_proj])
+        if found is None or any(member.dropout for member in found[0]):
+            return usual(x)  # type: ignore[no-any-return]
+        members, ab = found
+        cast = x.to(compute_dtype(x, self.gate_proj))
+        with torch.autocast(x.device.type, enabled=False):
+            return FusedMLP.apply(cast, members, activation, *ab)  # type: ignore[no-any-return,no-untyped-call]
+
+    module.forward = types.MethodType(forward, module)

@@ -1,0 +1,152 @@
+"""What an adapted model is made of, and which of its parts are replaced. Imported late."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from qlora_core.attention import base_of
+from qlora_core.packed import at_rest
+from qlora_fused.blockwise import BLOCKWISE, attention
+from qlora_fused.lora import compute_dtype, fuse_group, fusible
+from qlora_fused.mlp import activation_of, fuse_mlp
+from qlora_fused.norms import fuse_layer_norm, fuse_rms_norm, rms_norm_of
+from qlora_fused.pages import keep_pages
+from qlora_fused.rotary import fuse_rotary, rotates_halves
+
+if TYPE_CHECKING:
+    from qlora_fused import FusedOptions
+
+__all__ = ["rewrite"]
+
+logger = logging.getLogger("qlora_core")
+
+
+def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
+    """Replace in place what *options* name and *model* has, and log what was replaced and what was left alone."""
+    base = base_of(model)
+    done: Counter[str] = Counter()
+    layers = [module for module in base.modules() if fusible(module)]
+    if options.linear and layers:
+        for group in _sharing_inputs(base, layers):
+            fuse_group(group)
+        done["LoRA layers"] = len(layers)
+        for name, module in base.named_modules():
+            if isinstance(module, LoraLayer) and not fusible(module):
+                logger.debug("kernels fused: %s (%s) is left alone", name, type(module.get_base_layer()).__name__)  # type: ignore[attr-defined]
+    if options.mlp:
+        done["MLPs"] = _mlps(base)
+    if options.norm and layers:
+        done["norms"] = _norms(base, layers[0])
+    if options.rotary:
+        found = [module for module in base.modules() if rotates_halves(module)]
+        for module in found:
+            fuse_rotary(module)
+        done["rotary embeddings"] = len(found)
+    if options.attention:
+        done["attention"] = _attention(base)
+    if options.keep_pages and base.device.type == "cpu":
+        keep_pages()
+    logger.info("kernels fused: %s", ", ".join(f"{n} {what}" for what, n in done.items() if n) or "nothing here applies")
+    missing = [what for what, n in done.items() if not n]
+    if missing:
+        logger.debug("kernels fused: %s has no %s of the kind that is replaced", type(base).__name__, ", ".join(missing))
+
+
+def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> list[list[Any]]:
+    """Return *layers* in groups that their parents call one after the other with the same tensor: seen in a forward pass."""
+    parents = {module: parent for parent in base.modules() for module in parent.children()}
+    groups: list[list[Any]] = []
+    seen: list[torch.Tensor] = []  # kept, so that an id stands for one tensor
+
+    def note(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        shared = seen and args[0] is seen[-1] and parents[groups[-1][-1]] is parents[layer]
+        if shared and layer not in groups[-1]:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+        seen.append(args[0])
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with at_rest(base):
+            base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=base.device), use_cache=False)
+    except Exception as error:  # (a model that takes other inputs: nothing is lost but the grouping)
+        logger.debug("kernels fused: layers are not grouped: %s", error)
+        groups = []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once = Counter(layer for group in groups for layer in group)
+    good = [group for group in groups if all(once[layer] == 1 for layer in group)]
+    grouped = {layer for group in good for layer in group}
+    return [*good, *([layer] for layer in layers if layer not in grouped)]
+
+
+def _mlps(base: torch.nn.Module) -> int:
+    count = 0
+    for module in base.modules():
+        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        act = getattr(module, "act_fn", None)
+        if not all(part is not None and fusible(part) for part in parts) or not isinstance(act, torch.nn.Module):
+            continue
+        activation = activation_of(act)
+        if activation is not None and len(list(module.children())) == 4 and _is_gated(module):
+            fuse_mlp(module, activation)
+            count += 1
+    return count
+
+
+def _is_gated(module: Any) -> bool:
+    """Return whether *module* computes down(act(gate(x)) * up(x)) to the bit."""
+    linear = module.gate_proj.get_base_layer()
+    x = torch.linspace(-1, 1, 2 * linear.in_features, device=linear.weight.device).view(1, 2, -1).to(compute_dtype_of(module))
+    with at_rest(module):
+        try:
+            return torch.equal(module(x), module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
+        except (TypeError, ValueError, RuntimeError):
+            return False
+
+
+def compute_dtype_of(module: Any) -> torch.dtype:
+    return compute_dtype(torch.empty(0), module.gate_proj)
+
+
+def _norms(base: transformers.PreTrainedModel, layer: Any) -> int:
+    """Replace norms, and let the residual stream be float32, as `prepare_model_for_kbit_training` of peft has it."""
+
+    def dtype_of(x: torch.Tensor) -> torch.dtype:
+        return compute_dtype(x, layer)
+
+    count = 0
+    for module in list(base.modules()):
+        if type(module) is torch.nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
+            fuse_layer_norm(module, dtype_of)
+        elif (found := rms_norm_of(module)) is not None:
+            fuse_rms_norm(module, *found, dtype_of)
+        else:
+            continue
+        count += 1
+    if count:
+        base.get_input_embeddings().register_forward_hook(_widen)
+    return count
+
+
+def _widen(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    """Begin a float32 residual stream, where autocast sees to it that the rest of the model can take it."""
+    return output.float() if torch.is_autocast_enabled(output.device.type) else output
+
+
+def _attention(base: transformers.PreTrainedModel) -> int:
+    if base.device.type != "cpu" or base.config._attn_implementation != "sdpa" or not base._can_set_attn_implementation():
+        return 0
+    transformers.AttentionInterface.register(BLOCKWISE, attention)
+    AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
+    base.set_attn_implementation(BLOCKWISE)
+    return 1
