@@ -411,7 +411,7 @@ def test_an_option_of_the_wrong_type_reads_like_any_other_configuration_error(
 def test_equally_suitable_kernels_ask_the_user_to_choose(
     qlora: Callable[..., Any], write_module: Callable[[str, str], str], write_config: Callable[..., Path]
 ) -> None:
-    name = write_module("rival_kernels", source("suits", "return 1"))
+    name = write_module("rival_kernels", source("suits", "return 2"))
     result = qlora("train", write_config(quantizer="none"), "-p", name, "-q")
-    choice = "'plain:reference' and 'rival_kernels:broken_k', which suit cpu equally; name one"
+    choice = "'fused:fused' and 'rival_kernels:broken_k', which suit cpu equally; name one"
     assert (result.code, said(result)) == (2, [f"error: kernels: auto can't choose between {choice}"])

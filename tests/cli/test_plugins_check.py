@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 Write = Callable[[str, str], str]
-OTHERS = ("bitsandbytes", "console", "merged", "peft", "records", "text", "torchao")
+OTHERS = ("bitsandbytes", "console", "fused", "merged", "peft", "records", "text", "torchao")
 
 KERNELS = """
     import qlora_core

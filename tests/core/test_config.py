@@ -311,7 +311,7 @@ def test_a_resolved_configuration_names_plugins_and_fills_in_every_default(regis
     assert [callback.name for callback in resolved.callbacks] == ["console:progress"]
     assert resolved.dataset.provider_options["path"] == os.path.abspath("corpus.txt")
     assert (parts.quantizer.name, parts.adapter.name, parts.datasets[0].source.name) == ("nf4", "lora", "text")
-    assert [kernels.name for kernels in parts.kernels] == ["reference"]
+    assert [kernels.name for kernels in parts.kernels] == ["fused", "reference"]
 
 
 # Overrides

@@ -138,7 +138,8 @@ def test_a_blocked_plugin_is_never_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (
-        "['qlora_bitsandbytes', 'qlora_console', 'qlora_core', 'qlora_merged', 'qlora_plain', 'qlora_records', 'qlora_torchao']"
+        "['qlora_bitsandbytes', 'qlora_console', 'qlora_core', 'qlora_fused', 'qlora_merged', 'qlora_plain', "
+        "'qlora_records', 'qlora_torchao']"
     )
 
 
