@@ -580,7 +580,7 @@ BAD_UTF8 = json.dumps(PAIR).encode().replace(b"2 + 2?", b"\xff")
         ("r.csv", b"prompt,completion\na,b\n\xe9,d\n", ":3: not UTF-8: invalid continuation byte at byte 22 of the file"),
         ("r.parquet", b"no parquet at all", ": can't be read as Parquet: "),
         ("r.arrow", b"no arrow at all, but long enough", ": can't be read as Arrow: "),
-        ("r.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 3, mtime=0)[:-9], ":4: damaged gzip data after 42 bytes of content ("),
+        ("r.jsonl.gz", gzip.compress(3 * b'{"text": "a"}\n', mtime=0)[:-9], ":4: damaged gzip data after 42 bytes of content"),
         ("r.jsonl.zst", b"no zstandard data", ":1: damaged zstd data after 0 bytes of content ("),
         ("r.json.gz", b"no gzip data", ":1: damaged gzip data after 0 bytes of content (not a gzipped file"),
     ],
