@@ -80,7 +80,8 @@ def _probabilities(q: Tensor, keys: Tensor | None, diagonal: Tensor, scale: floa
     assert keys is not None
     pairs, share, size, width = q.shape
     # products of bfloat16 come out rounded to it, which is too coarse for an exponent
-    scores = torch.bmm(q.reshape(pairs, -1, width).to(torch.float32, copy=True).mul_(scale), keys[:, :, :end])
+    with torch.autocast(q.device.type, enabled=False):  # where the backward pass is called in it
+        scores = torch.bmm(q.reshape(pairs, -1, width).to(torch.float32, copy=True).mul_(scale), keys[:, :, :end])
     scores.view(pairs, share, size, end)[..., start:].add_(diagonal[:size, :size])
     return torch.softmax(scores, -1).to(q.dtype)
 

@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-__all__ = ["Group", "Member", "backward", "compute_dtype", "forward", "fuse_group", "fusible", "members_of"]
+__all__ = ["Group", "Member", "backward", "compute_dtype", "forward", "fuse_group", "fusible", "members_of", "output_dtype"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,8 @@ def members_of(layers: Sequence[Any]) -> tuple[tuple[Member, ...], list[Tensor]]
     """
     members, a, b = [], [], []
     for layer in layers:
+        if not isinstance(layer, LoraLayer):  # (the adapter was unloaded)
+            return None
         active = layer.active_adapters
         if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
             return None
@@ -175,6 +177,11 @@ def compute_dtype(x: Tensor, layer: Any) -> torch.dtype:
     return (base.compute_dtype or x.dtype) if isinstance(base, Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
 
 
+def output_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that layers and norms give for *x*: autocast's, else its own, which other layers count on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class Group:
     """Layers that their parent calls one after the other with the same input: the first call computes all of them."""
 
@@ -182,6 +189,9 @@ class Group:
         self.layers = list(layers)
         self.x: Tensor | None = None
         self.ys: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "x": None, "ys": {}}
 
     def call(self, index: int, x: Tensor) -> Tensor | None:
         """Return y of the layer at *index* for *x*, or None where that is for PEFT to compute."""
@@ -191,6 +201,9 @@ class Group:
                 self.x = None
             return y
         self.x, self.ys = None, {}
+        dtype = compute_dtype(x, self.layers[index])
+        if dtype != output_dtype(x):  # (without autocast: PEFT then keeps A and B in a wider dtype)
+            return None
         found = members_of(self.layers[index:] if not index else self.layers[index : index + 1])
         if found is None:
             found = members_of(self.layers[index : index + 1])
@@ -199,9 +212,8 @@ class Group:
         members, ab = found
         if members[0].dropout or any(member.dropout for member in members):
             members, ab = members_of(self.layers[index : index + 1])  # type: ignore[misc]
-        cast = x.to(compute_dtype(x, self.layers[index]))
         with torch.autocast(x.device.type, enabled=False):
-            y, *others = _compute(cast, members, ab)
+            y, *others = _compute(x.to(dtype), members, ab)
         if others:
             self.x, self.ys = x, dict(enumerate(others, start=1))
         return y  # type: ignore[no-any-return]
@@ -211,10 +223,10 @@ def fuse_group(layers: Sequence[Any]) -> None:
     """Let *layers*, all `fusible`, compute as one group."""
     group = Group(layers)
     for index, layer in enumerate(layers):
-        usual = layer.forward
+        layer.fused_group = group  # an attribute: a deep copy of the model gets groups of its own layers
 
-        def forward(self: Any, x: Tensor, *args: Any, _index: int = index, _usual: Any = usual, **kwargs: Any) -> Tensor:
-            y = None if args or kwargs else group.call(_index, x)
-            return _usual(x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
+        def forward(self: Any, x: Tensor, *args: Any, _index: int = index, **kwargs: Any) -> Tensor:
+            y = None if args or kwargs else self.fused_group.call(_index, x)
+            return type(self).forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
         layer.forward = types.MethodType(forward, layer)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_fused.lora import Member, backward, compute_dtype, forward, members_of
+from qlora_fused.lora import Member, backward, compute_dtype, forward, members_of, output_dtype
 
 __all__ = ["ACTIVATIONS", "activation_of", "fuse_mlp"]
 
@@ -105,15 +105,19 @@ def activation_of(module: torch.nn.Module) -> str | None:
 
 def fuse_mlp(module: Any, activation: str) -> None:
     """Let *module*, with `fusible` gate_proj, up_proj and down_proj, compute as one function where no dropout forbids it."""
-    usual = module.forward
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        found = members_of([self.gate_proj, self.up_proj, self.down_proj])
+        layers = [self.gate_proj, self.up_proj, self.down_proj]
+        # hooks: with them PEFT tells each layer which adapter a row of the batch is for
+        hooked = any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
+        found = None if hooked else members_of(layers)
         if found is None or any(member.dropout for member in found[0]):
-            return usual(x)  # type: ignore[no-any-return]
+            return type(self).forward(self, x)  # type: ignore[no-any-return]
+        dtype = compute_dtype(x, self.gate_proj)
+        if dtype != output_dtype(x):
+            return type(self).forward(self, x)  # type: ignore[no-any-return]
         members, ab = found
-        cast = x.to(compute_dtype(x, self.gate_proj))
         with torch.autocast(x.device.type, enabled=False):
-            return FusedMLP.apply(cast, members, activation, *ab)  # type: ignore[no-any-return,no-untyped-call]
+            return FusedMLP.apply(x.to(dtype), members, activation, *ab)  # type: ignore[no-any-return,no-untyped-call]
 
     module.forward = types.MethodType(forward, module)

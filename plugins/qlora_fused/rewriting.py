@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from qlora_core.attention import base_of
 from qlora_core.packed import at_rest
 from qlora_fused.blockwise import BLOCKWISE, attention
-from qlora_fused.lora import compute_dtype, fuse_group, fusible
+from qlora_fused.lora import compute_dtype, fuse_group, fusible, output_dtype
 from qlora_fused.mlp import activation_of, fuse_mlp
 from qlora_fused.norms import fuse_layer_norm, fuse_rms_norm, rms_norm_of
 from qlora_fused.pages import keep_pages
@@ -43,7 +43,7 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     if options.mlp:
         done["MLPs"] = _mlps(base)
     if options.norm and layers:
-        done["norms"] = _norms(base, layers[0])
+        done["norms"] = _norms(base)
     if options.rotary:
         found = [module for module in base.modules() if rotates_halves(module)]
         for module in found:
@@ -118,18 +118,14 @@ def compute_dtype_of(module: Any) -> torch.dtype:
     return compute_dtype(torch.empty(0), module.gate_proj)
 
 
-def _norms(base: transformers.PreTrainedModel, layer: Any) -> int:
+def _norms(base: transformers.PreTrainedModel) -> int:
     """Replace norms, and let the residual stream be float32, as `prepare_model_for_kbit_training` of peft has it."""
-
-    def dtype_of(x: torch.Tensor) -> torch.dtype:
-        return compute_dtype(x, layer)
-
     count = 0
     for module in list(base.modules()):
         if type(module) is torch.nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
-            fuse_layer_norm(module, dtype_of)
+            fuse_layer_norm(module, output_dtype)
         elif (found := rms_norm_of(module)) is not None:
-            fuse_rms_norm(module, *found, dtype_of)
+            fuse_rms_norm(module, *found, output_dtype)
         else:
             continue
         count += 1
