@@ -33,6 +33,7 @@ PACKAGES = (
     "pydantic",
     "rich",
 )
+OPTIONAL = ("numba",)
 WHOLE = 64 * 2**20  # a file up to this many bytes is fingerprinted whole
 SAMPLE, SAMPLES = 2**16, 256  # of a larger one, so many bytes at so many places
 
@@ -96,14 +97,17 @@ def plugin_of(provider: type[Provider]) -> tuple[str, str, str]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Return the installed versions of the packages that decide what a run computes."""
+    """Return the installed versions of the packages that decide what a run computes, None for a missing one.
+
+    Packages that a run can do without are left out where they are missing.
+    """
     found: dict[str, str | None] = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *OPTIONAL):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
-    return found
+    return {name: known for name, known in found.items() if known is not None or name in PACKAGES}
 
 
 def fingerprint_model(path: str) -> str | None:

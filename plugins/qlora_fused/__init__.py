@@ -21,6 +21,7 @@ class FusedOptions(ProviderOptions):
     norm: bool = Field(True, description="norms in float32 with an output in the dtype of the products; float32 residuals")
     rotary: bool = Field(True, description="rotary embeddings without concatenation, rounded once")
     attention: bool = Field(True, description="on the CPU: causal attention in blocks of rows by plain matrix products")
+    compiled: bool = Field(True, description="on the CPU: what lies between matrix products in loops that numba compiles")
     keep_pages: bool = Field(True, description="on the CPU: freed memory stays in the process, for the next step to use")
 
 

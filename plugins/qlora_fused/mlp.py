@@ -34,8 +34,10 @@ def _pieces(like: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
         yield here, [buffer[: here.stop - start] for buffer in buffers]
 
 
-def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Return act(gate) * up, (rows, d), rounded once."""
+def gated(gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> Tensor:
+    """Return act(gate) * up, (rows, d), rounded once; in one pass where there are *loops* for it."""
+    if loops is not None and activation in loops.GATES and gate.dtype == torch.bfloat16:
+        return loops.gated(gate, up, activation)  # type: ignore[no-any-return]
     act, _, arguments = ACTIVATIONS[activation]
     product = torch.empty_like(up)
     for here, (x, y, _) in _pieces(gate):
@@ -44,8 +46,10 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return product
 
 
-def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, (rows, d), each rounded once."""
+    if loops is not None and activation in loops.GATES and gate.dtype == torch.bfloat16:
+        return loops.gated_backward(d_product, gate, up, activation)  # type: ignore[no-any-return]
     act, gradient, arguments = ACTIVATIONS[activation]
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     for here, (x, y, z) in _pieces(gate):
@@ -57,17 +61,17 @@ def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str)
 
 
 class FusedMLP(torch.autograd.Function):
-    """`apply(x, members, activation, *A, *B)` of gate, up and down, in this order. x: (..., in)."""
+    """`apply(x, members, activation, loops, *A, *B)` of gate, up and down, in this order. x: (..., in)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, members: Sequence[Member], activation: str, *ab: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, members: Sequence[Member], activation: str, loops: Any, *ab: Tensor) -> Tensor:
         """Compute y (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
         a, b = _cast(ab, x.dtype)
         (gate, up), h = forward(flat, members[:2], a[:2], b[:2])
-        product = gated(gate, up, activation)
+        product = gated(gate, up, activation, loops)
         (y,), h_down = forward(product, members[2:], a[2:], b[2:])
-        ctx.members, ctx.activation = members, activation
+        ctx.members, ctx.activation, ctx.loops = members, activation, loops
         ctx.save_for_backward(flat, gate, up, h, h_down, *ab)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -78,13 +82,13 @@ class FusedMLP(torch.autograd.Function):
         x, gate, up, h, h_down, *ab = ctx.saved_tensors
         a, b = _cast(ab, x.dtype)
         flat = dy.reshape(-1, dy.shape[-1])
-        product = gated(gate, up, ctx.activation)
+        product = gated(gate, up, ctx.activation, ctx.loops)
         d_product, da_down, db_down = backward([flat], product, h_down, ctx.members[2:], a[2:], b[2:])
         assert d_product is not None
-        d_gate, d_up = gated_backward(d_product, gate, up, ctx.activation)
+        d_gate, d_up = gated_backward(d_product, gate, up, ctx.activation, ctx.loops)
         wanted = ctx.needs_input_grad[0]
         dx, da, db = backward([d_gate, d_up], x, h, ctx.members[:2], a[:2], b[:2], needs_dx=wanted)
-        return None if dx is None else dx.view(*dy.shape[:-1], -1), None, None, *da, *da_down, *db, *db_down
+        return None if dx is None else dx.view(*dy.shape[:-1], -1), None, None, None, *da, *da_down, *db, *db_down
 
 
 def _cast(ab: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -103,7 +107,7 @@ def activation_of(module: torch.nn.Module) -> str | None:
     return None
 
 
-def fuse_mlp(module: Any, activation: str) -> None:
+def fuse_mlp(module: Any, activation: str, loops: Any = None) -> None:
     """Let *module*, with `fusible` gate_proj, up_proj and down_proj, compute as one function where no dropout forbids it."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -118,6 +122,6 @@ def fuse_mlp(module: Any, activation: str) -> None:
             return type(self).forward(self, x)  # type: ignore[no-any-return]
         members, ab = found
         with torch.autocast(x.device.type, enabled=False):
-            return FusedMLP.apply(x.to(dtype), members, activation, *ab)  # type: ignore[no-any-return,no-untyped-call]
+            return FusedMLP.apply(x.to(dtype), members, activation, loops, *ab)  # type: ignore[no-any-return,no-untyped-call]
 
     module.forward = types.MethodType(forward, module)

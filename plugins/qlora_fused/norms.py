@@ -23,12 +23,17 @@ class RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, loops: Any = None) -> Tensor:
         """x: (..., d), scale: (d,) float32, nowhere 0; return (..., d) in *dtype*."""
-        wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        y = (wide * inverse).mul_(scale).to(dtype)
-        ctx.dtype = x.dtype
+        if x.dtype != torch.float32 or dtype != torch.bfloat16:
+            loops = None
+        if loops is not None:
+            y, inverse = loops.rms_norm(x.contiguous(), scale, eps)
+        else:
+            wide = x.float()
+            inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            y = (wide * inverse).mul_(scale).to(dtype)
+        ctx.dtype, ctx.loops = x.dtype, loops
         ctx.save_for_backward(y, inverse, scale)
         return y
 
@@ -37,10 +42,12 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dx = inverse * (dy * scale - y / scale * mean(dy * y))."""
         y, inverse, scale = ctx.saved_tensors
+        if ctx.loops is not None:
+            return ctx.loops.rms_norm_backward(dy.contiguous(), y, inverse, scale), None, None, None, None
         wide = dy.float()
         mean = (wide * y).mean(-1, keepdim=True)
         dx = (wide * scale).sub_((y * scale.reciprocal()).mul_(mean)).mul_(inverse)
-        return dx.to(ctx.dtype), None, None, None
+        return dx.to(ctx.dtype), None, None, None, None
 
 
 def rms_norm_of(module: torch.nn.Module) -> tuple[float, int] | None:
@@ -63,11 +70,12 @@ def rms_norm_of(module: torch.nn.Module) -> tuple[float, int] | None:
     return None
 
 
-def fuse_rms_norm(module: Any, eps: float, plus: int, dtype_of: Callable[[Tensor], torch.dtype]) -> None:
+def fuse_rms_norm(module: Any, eps: float, plus: int, dtype_of: Callable[[Tensor], torch.dtype], loops: Any = None) -> None:
     """Let *module* compute as RMSNorm does; `dtype_of(x)` is the dtype of its output."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return RMSNorm.apply(x, self.weight.detach().float() + plus, eps, dtype_of(x))  # type: ignore[no-any-return,no-untyped-call]
+        scale = self.weight.detach().float() + plus
+        return RMSNorm.apply(x, scale, eps, dtype_of(x), loops)  # type: ignore[no-any-return,no-untyped-call]
 
     module.forward = types.MethodType(forward, module)
 

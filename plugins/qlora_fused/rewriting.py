@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_core.attention import base_of
 from qlora_core.packed import at_rest
-from qlora_fused.blockwise import BLOCKWISE, attention
+from qlora_fused.blockwise import BLOCKWISE, COMPILED, attention
 from qlora_fused.lora import compute_dtype, fuse_group, fusible, output_dtype
 from qlora_fused.mlp import activation_of, fuse_mlp
 from qlora_fused.norms import fuse_layer_norm, fuse_rms_norm, rms_norm_of
@@ -32,31 +34,50 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     """Replace in place what *options* name and *model* has, and log what was replaced and what was left alone."""
     base = base_of(model)
     done: Counter[str] = Counter()
+    loops = _loops() if options.compiled and base.device.type == "cpu" else None
     layers = [module for module in base.modules() if fusible(module)]
-    if options.linear and layers:
-        for group in _sharing_inputs(base, layers):
+    if options.linear:
+        for group in _sharing_inputs(base, layers) if layers else []:
             fuse_group(group)
         done["LoRA layers"] = len(layers)
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer) and not fusible(module):
                 logger.debug("kernels fused: %s (%s) is left alone", name, type(module.get_base_layer()).__name__)  # type: ignore[attr-defined]
     if options.mlp:
-        done["MLPs"] = _mlps(base)
+        done["MLPs"] = _mlps(base, loops)
     if options.norm and layers:
-        done["norms"] = _norms(base)
+        done["norms"] = _norms(base, loops)
     if options.rotary:
         found = [module for module in base.modules() if rotates_halves(module)]
         for module in found:
-            fuse_rotary(module)
+            fuse_rotary(module, loops)
         done["rotary embeddings"] = len(found)
     if options.attention:
-        done["attention"] = _attention(base)
+        done["attention"] = _attention(base, loops)
     if options.keep_pages and base.device.type == "cpu":
         keep_pages()
     logger.info("kernels fused: %s", ", ".join(f"{n} {what}" for what, n in done.items() if n) or "nothing here applies")
     missing = [what for what, n in done.items() if not n]
     if missing:
         logger.debug("kernels fused: %s has no %s of the kind that is replaced", type(base).__name__, ", ".join(missing))
+
+
+def _loops() -> Any:
+    """Return the module of compiled loops, or None and why in the log: they need numba, and the threads of torch."""
+    if importlib.util.find_spec("numba") is None:
+        logger.info(
+            "kernels fused: loops are not compiled, which makes steps slower: pip install 'qlora-core[cpu]' brings numba"
+        )
+        return None
+    try:
+        from qlora_fused import jit, loops
+    except Exception as error:  # numba, for one, refuses a numpy that is newer than it
+        logger.warning("kernels fused: loops are not compiled, which makes steps slower: %s", error)
+        return None
+    if jit.threads() is None:
+        logger.debug("kernels fused: loops are not compiled: torch's threads are not to be had here")
+        return None
+    return loops
 
 
 def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> list[list[Any]]:
@@ -89,7 +110,7 @@ def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> li
     return [*good, *([layer] for layer in layers if layer not in grouped)]
 
 
-def _mlps(base: torch.nn.Module) -> int:
+def _mlps(base: torch.nn.Module, loops: Any) -> int:
     count = 0
     for module in base.modules():
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -98,7 +119,7 @@ def _mlps(base: torch.nn.Module) -> int:
             continue
         activation = activation_of(act)
         if activation is not None and len(list(module.children())) == 4 and _is_gated(module):
-            fuse_mlp(module, activation)
+            fuse_mlp(module, activation, loops)
             count += 1
     return count
 
@@ -118,14 +139,14 @@ def compute_dtype_of(module: Any) -> torch.dtype:
     return compute_dtype(torch.empty(0), module.gate_proj)
 
 
-def _norms(base: transformers.PreTrainedModel) -> int:
+def _norms(base: transformers.PreTrainedModel, loops: Any) -> int:
     """Replace norms, and let the residual stream be float32, as `prepare_model_for_kbit_training` of peft has it."""
     count = 0
     for module in list(base.modules()):
         if type(module) is torch.nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
             fuse_layer_norm(module, output_dtype)
         elif (found := rms_norm_of(module)) is not None:
-            fuse_rms_norm(module, *found, output_dtype)
+            fuse_rms_norm(module, *found, output_dtype, loops)
         else:
             continue
         count += 1
@@ -139,10 +160,11 @@ def _widen(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Te
     return output.float() if torch.is_autocast_enabled(output.device.type) else output
 
 
-def _attention(base: transformers.PreTrainedModel) -> int:
+def _attention(base: transformers.PreTrainedModel, loops: Any) -> int:
     if base.device.type != "cpu" or base.config._attn_implementation != "sdpa" or not base._can_set_attn_implementation():
         return 0
-    transformers.AttentionInterface.register(BLOCKWISE, attention)
-    AttentionMaskInterface.register(BLOCKWISE, sdpa_mask)
-    base.set_attn_implementation(BLOCKWISE)
+    name = BLOCKWISE if loops is None else COMPILED
+    transformers.AttentionInterface.register(name, functools.partial(attention, loops=loops))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    base.set_attn_implementation(name)
     return 1

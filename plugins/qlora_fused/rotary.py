@@ -5,6 +5,7 @@ A model's own forward is kept; only the function `apply_rotary_pos_emb` that it 
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -20,8 +21,15 @@ class Rotary(torch.autograd.Function):
     """x * cos + rotate_half(x) * sin on the first values of each head, float32 inside, rounded once; saves cos and sin only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, loops: Any = None) -> Tensor:
         """x: (B, heads, T, d) or (B, T, heads, d); cos and sin: the same with one head, and d or fewer values."""
+        if x.dtype != torch.bfloat16 or x.stride(-1) != 1 or cos.dtype != torch.float32 or cos.shape[1:3] != (1, x.shape[2]):
+            loops = None
+        ctx.loops = loops
+        if loops is not None:
+            cos, sin = cos.contiguous(), sin.contiguous()
+            ctx.save_for_backward(cos, sin)
+            return loops.rotated(x, cos, sin, torch.empty(x.shape, dtype=x.dtype), 1)  # type: ignore[no-any-return]
         ctx.save_for_backward(cos, sin)
         half = cos.shape[-1] // 2
         return _turned(x, cos, sin[..., :half].neg(), sin[..., half:])
@@ -31,8 +39,12 @@ class Rotary(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Turn back, by the transposed of the same matrix."""
         cos, sin = ctx.saved_tensors
+        if ctx.loops is not None and dy.stride(-1) == 1:
+            # as the layer before gave it: heads beside each other
+            dx = torch.empty_like(dy.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            return ctx.loops.rotated(dy, cos, sin, dx, -1), None, None, None
         half = cos.shape[-1] // 2
-        return _turned(dy, cos, sin[..., half:], sin[..., :half].neg()), None, None
+        return _turned(dy, cos, sin[..., half:], sin[..., :half].neg()), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -46,10 +58,12 @@ def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return out if width == x.shape[-1] else torch.cat([out, x[..., width:]], dim=-1)
 
 
-def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, loops: Any = None
+) -> tuple[Tensor, Tensor]:
     """Return q and k rotated, with the signature of transformers' functions of this name."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+    return Rotary.apply(q, cos, sin, loops), Rotary.apply(k, cos, sin, loops)  # type: ignore[no-untyped-call]
 
 
 def rotates_halves(module: torch.nn.Module) -> bool:
@@ -70,10 +84,10 @@ def rotates_halves(module: torch.nn.Module) -> bool:
     return all(alike)
 
 
-def fuse_rotary(module: Any) -> None:
+def fuse_rotary(module: Any, loops: Any = None) -> None:
     """Let the forward of *module* call our function where it called the library's."""
     theirs = type(module).forward
-    seen = {**theirs.__globals__, NAME: apply_rotary_pos_emb}
+    seen = {**theirs.__globals__, NAME: functools.partial(apply_rotary_pos_emb, loops=loops)}
     ours = types.FunctionType(theirs.__code__, seen, theirs.__name__, theirs.__defaults__, theirs.__closure__)
     ours.__kwdefaults__ = theirs.__kwdefaults__
     module.forward = types.MethodType(ours, module)

@@ -18,7 +18,7 @@ from qlora_core.validation import did_you_mean
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["training_arguments"]
+__all__ = ["full_checkpointing", "training_arguments"]
 
 # What the configuration has a place for, by TrainingArguments' names: refused under `training.extra`.
 OWNED = {
@@ -106,7 +106,7 @@ def training_arguments(
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": training.optimizer,
-        **_checkpointing(training),
+        **(full_checkpointing() if training.gradient_checkpointing == "full" else {}),
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": device.type == "cpu",
@@ -131,12 +131,10 @@ def training_arguments(
         raise ConfigError([Problem(where, f"transformers refuses these arguments: {error}")]) from error
 
 
-def _checkpointing(training: TrainingConfig) -> dict[str, Any]:
+def full_checkpointing() -> dict[str, Any]:
     """Return the arguments for non-reentrant checkpointing, which needs no hook on the embeddings of a frozen model."""
     import transformers
 
-    if not training.gradient_checkpointing:
-        return {}
     fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_callback import ExportableState, PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
+from qlora_core.attention import base_of
 from qlora_core.data.collate import REAL_TOKENS, Collator
 from qlora_core.data.encode import Encoded
 from qlora_core.data.stream import StreamedBlocks
@@ -22,9 +23,11 @@ from qlora_core.errors import DataError
 from qlora_core.packed import prepare_packed
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
+from qlora_core.training.arguments import full_checkpointing
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss, score
 from qlora_core.training.order import EpochOrder, FollowEpochs
+from qlora_core.training.recompute import MODES, Mode, keep_all, settle
 
 __all__ = ["KeepBest", "LogLastStep", "QLoRATrainer"]
 
@@ -128,6 +131,30 @@ class QLoRATrainer(transformers.Trainer):
 
             self.compute_loss_func = loss
             return super().compute_loss(model, {**taken, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with those activations kept that `training.gradient_checkpointing` says."""
+        wanted = self.run.config.training.gradient_checkpointing
+        try:
+            if wanted in ("selective", "auto") and settle(self.model, wanted, self._pass, _most_frugal) == "full":
+                for name, value in full_checkpointing().items():
+                    setattr(self.args, name, value)
+            return super().train(*args, **kwargs)
+        finally:
+            keep_all(self.model)
+
+    def _pass(self) -> None:
+        """Run the forward pass of a step whose rows are as long as the configuration allows; with gradients, for nothing."""
+        length, vocabulary = self.run.config.data.sequence_length, base_of(self.model).config.get_text_config().vocab_size
+        row = {"input_ids": [token % vocabulary for token in range(length)]}
+        batch = self.data_collator([row] * self.args.per_device_train_batch_size)
+        taken = {name: value.to(self.args.device) for name, value in batch.items() if torch.is_tensor(value)}
+        del taken[REAL_TOKENS]
+        labels = taken.pop("labels")
+        with self.accelerator.autocast(), Head.of(self.model).computing(labels) as computed:
+            outputs = self.model(**taken, use_cache=False)
+            if computed.loss is None:
+                causal_lm_loss(outputs, labels)
 
     def _head_of(self, model: torch.nn.Module) -> Head:
         if self._head is None:
@@ -274,6 +301,11 @@ class QLoRATrainer(transformers.Trainer):
             checkpoint.restore_rng(self._generators)
             self._generators = None
         return batches
+
+
+def _most_frugal(mode: Mode) -> Mode:
+    """Return what the process with the least memory has chosen."""
+    return max(gather_object([mode]), key=MODES.index)
 
 
 def _order(blocks: Any, args: transformers.TrainingArguments) -> EpochOrder | None:

@@ -67,6 +67,7 @@ def test_an_installed_plugin_whose_entry_point_names_no_module_is_passed_over(in
 
 def test_versions_of_packages_are_the_installed_ones_and_none_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACKAGES", ("torch", "a-package-nobody-has"))
+    monkeypatch.setattr(module, "OPTIONAL", ("another-package-nobody-has", "torch"))
     assert package_versions() == {"torch": version("torch"), "a-package-nobody-has": None}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,17 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
 from qlora_bitsandbytes import NF4
-from qlora_core import ModelConfig, inject_adapter, load_model, load_tokenizer
+from qlora_core import Finished, ModelConfig, inject_adapter, load_model, load_tokenizer
 from qlora_core.attention import PER_DOCUMENT, base_of
 from qlora_core.data.collate import IGNORED
 from qlora_core.packed import prepare_packed
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss
 from qlora_fused import Fused
-from qlora_fused.blockwise import BLOCKWISE
+from qlora_fused.blockwise import COMPILED
 from qlora_peft import LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,23 +42,37 @@ PARTS = {
     "qwen2": (14, 2, 5, 2),
     "qwen3": (14, 2, 9, 2),
     "gemma": (14, 2, 5, 2),
+    "gemma2": (14, 2, 9, 2),
+    "gemma3_text": (14, 2, 13, 2),
     "phi": (12, 0, 3, 2),
+    "phi3": (8, 0, 5, 2),
 }
+EAGER = {"gemma2"}  # transformers gives it no other attention, for its scores are capped
 WEIGHTS = {"initializer_range": 0.08}  # larger than usual, so that attention matters
 CHANGES: dict[str, dict[str, Any]] = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES |= {"num_hidden_layers": 2, "vocab_size": 416, "pad_token_id": 1}
+WINDOW = {"sliding_window": 8}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {**SIZES, **WINDOW},
+    "gemma2": {**SIZES, **WINDOW, "head_dim": 16, "query_pre_attn_scalar": 24},
+    "gemma3_text": {**SIZES, **WINDOW, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": SIZES,
+}
+STILL = {"opt": {"dropout": 0.0}, "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 
 
 @pytest.fixture(scope="session")
 def folder_of(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that makes a small random model of an architecture; Mistral's with a window of eight tokens."""
+    """Return a function that makes a small random model of an architecture, some with a window of eight tokens."""
+    made: dict[str, Path] = {}
 
-    def make(architecture: str) -> Path:
-        if architecture != "mistral":
-            return make_model(architecture, **WEIGHTS, **CHANGES.get(architecture, {}))
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-        return saved(
-            tmp_path_factory.mktemp("mistral"), "mistral", num_hidden_layers=2, vocab_size=416, sliding_window=8, **sizes
-        )
+    def make(architecture: str, **changes: Any) -> Path:
+        if architecture not in OTHERS:
+            return make_model(architecture, **WEIGHTS, **CHANGES.get(architecture, {}), **changes)
+        if architecture not in made:
+            made[architecture] = saved(tmp_path_factory.mktemp(architecture), architecture, **OTHERS[architecture])
+        return made[architecture]
 
     return make
 
@@ -138,7 +155,7 @@ def test_every_part_is_replaced_that_the_architecture_has(folder_of: Callable[[s
     assert (len(lora), len(mlps), len(norms), len(rest)) == PARTS[architecture]
     assert len(lora) == sum(isinstance(module, LoraLayer) for module in model.modules())
     assert all(isinstance(module.get_base_layer(), Linear4bit) for module in lora)
-    assert base_of(model).config._attn_implementation == BLOCKWISE
+    assert base_of(model).config._attn_implementation == ("eager" if architecture in EAGER else COMPILED)
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
@@ -151,7 +168,8 @@ def test_logits_loss_and_gradients_are_those_without_kernels(
     if kind == "packed":
         for model in (plain, fused):
             prepare_packed(model)
-        assert base_of(fused).config._attn_implementation == BLOCKWISE + (PER_DOCUMENT if architecture != "opt" else "")
+        implementation = COMPILED + (PER_DOCUMENT if architecture != "opt" else "")
+        assert base_of(fused).config._attn_implementation == ("eager" if architecture in EAGER else implementation)
     for train in (True, False):
         wanted, got = (results(model.train(train), batch) for model in (plain, fused))
         assert_alike(got, wanted, "train" if train else "eval")
@@ -221,29 +239,31 @@ def test_dtypes_of_weights_and_products_may_differ(
 # In bfloat16
 
 
-def by_hand(folder: Path, b: float) -> Any:
+def by_hand(folder: Path, b: float, dropout: float = 0.0) -> Any:
     """Return the model as tutorials wire it, with peft alone."""
     base = prepare_model_for_kbit_training(load_model(str(folder), NF4()), use_gradient_checkpointing=False)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    settings = {"r": 8, "lora_alpha": 16, "lora_dropout": dropout, "target_modules": "all-linear"}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     randomise(model, b)
     return model.train()
 
 
-def with_kernels(folder: Path, b: float) -> Any:
-    model: Any = inject_adapter(load_model(str(folder), NF4()), LoRA(r=8, alpha=16))
+def with_kernels(folder: Path, b: float, dropout: float = 0.0) -> Any:
+    model: Any = inject_adapter(load_model(str(folder), NF4()), LoRA(r=8, alpha=16, dropout=dropout))
     randomise(model, b)
     return Fused(keep_pages=False).apply(model).train()
 
 
-def exact(folder: Path, b: float) -> Any:
+def exact(folder: Path, b: float, dropout: float = 0.0) -> Any:
     """Return the model wired by hand in float64, with the very weights that NF4 stores."""
-    model = by_hand(folder, b)
+    model = by_hand(folder, b, dropout)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear4bit):
                 linear = torch.nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
                 weight = dequantize_4bit(child.weight.data, child.weight.quant_state).double()
                 linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                linear.bias = child.bias
                 setattr(module, name, linear)
     return model.double()
 
@@ -283,23 +303,248 @@ def errors(folder: Path, batches: Sequence[torch.Tensor], b: float) -> dict[str,
     return found
 
 
-def assert_no_worse(found: dict[str, float]) -> None:
+def assert_no_worse(found: dict[str, float], most: float = 1.05) -> None:
     usual = found.pop("by hand")
     assert 1e-3 < usual < 0.2
     assert len(found) == 2
     ratios = {name: round(value / usual, 3) for name, value in found.items()}
-    assert max(ratios.values()) <= 1.05, ratios
+    assert max(ratios.values()) <= most, ratios
 
 
-def test_in_bfloat16_gradients_are_as_near_to_float64_as_those_of_the_usual_wiring(tmp_path: Path, text: str) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    folder = saved(tmp_path / "llama", "llama", vocab_size=256, num_key_value_heads=2, **sizes)
-    batches = torch.tensor(list(text.encode()[: 12 * 2 * 160])).view(12, 2, 160)
-    assert_no_worse(errors(folder, list(batches), b=0.02))
+@pytest.mark.parametrize("architecture", [name for name in PARTS if name != "mixtral"])
+def test_in_bfloat16_gradients_are_as_near_to_float64_as_those_of_the_usual_wiring(
+    folder_of: Callable[[str], Path], text: str, architecture: str
+) -> None:
+    """Sixteen batches of real text: the median moves by some 2 % from one text to another.
+
+    Phi adds the outputs of attention and MLP to each other before the residual: here in bfloat16, with peft in float32.
+    """
+    folder = folder_of(architecture, **STILL.get(architecture, {}))
+    batches = torch.tensor(list(text.encode()[: 16 * 2 * 96])).view(16, 2, 96)
+    assert_no_worse(errors(folder, list(batches), b=0.02), 1.1 if architecture == "phi" else 1.05)
+
+
+# Runs
+
+
+@pytest.mark.parametrize("training", [{}, {"gradient_checkpointing": True, "gradient_accumulation": 2}])
+def test_a_resumed_run_ends_in_the_same_bits(run: Callable[..., Finished], tmp_path: Path, training: dict[str, Any]) -> None:
+    training = {**training, "max_steps": 6, "save_steps": 2, "save_total_limit": None}
+    shared = {"kernels": Fused(), "adapter": LoRA(r=4, dropout=0.1), "training": training, "output": tmp_path / "run"}
+    whole = run(**shared)
+    wanted, metrics = weights_of(whole), losses_of(whole)
+    again = run(**shared, resume="step-4")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert losses_of(again) == metrics
+    got = weights_of(again)
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def weights_of(finished: Finished) -> dict[str, torch.Tensor]:
+    return load_file(finished.run.adapter / "adapter_model.safetensors")
+
+
+def losses_of(finished: Finished) -> list[dict[str, float]]:
+    names = ("step", "loss", "grad_norm")
+    return [{name: line[name] for name in names} for line in finished.run.read_metrics() if "loss" in line]
+
+
+def test_a_run_with_kernels_follows_one_without_and_its_adapter_is_an_ordinary_one(
+    run: Callable[..., Finished], tiny_model: Path, tmp_path: Path
+) -> None:
+    """The adapter that was saved gives, loaded without kernels and with them, the logits of the model that was trained."""
+    training = {"max_steps": 6, "mixed_precision": "none"}
+    model = ModelConfig(path=str(tiny_model), dtype="float32")
+    plain, fused = (
+        run(model=model, training=training, kernels=kernels, output=tmp_path / str(kernels is None))
+        for kernels in (None, Fused())
+    )
+    for one, other in zip(losses_of(fused), losses_of(plain), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    ids = torch.arange(2, 62).view(2, 30)
+    with torch.no_grad():
+        wanted = fused.model.eval()(ids, use_cache=False).logits
+        loaded = LoRA().load(load_model(model, NF4()), fused.run.adapter).eval()
+        without = loaded(ids, use_cache=False).logits
+        with_them = Fused().apply(loaded)(ids, use_cache=False).logits
+    assert torch.equal(with_them, wanted)
+    assert float((without - wanted).norm() / wanted.norm()) < 1e-4
+
+
+# A real model and real text (its first layers)
+
+BATCHES = 16  # medians of fewer move by more than 5 % from one text to another
+SHORT, DROPPED, LONG = (2, 48), (2, 32), (1, 512)
+DOCUMENTS = (32, 20, 12, 8)  # tokens of documents, in rows with padding, and all in one row
+ITEMS = 2 * 47 + 2 * (31 + 19 + 11 + 7)  # supervised tokens of the batches whose gradients are accumulated
+SUPERVISED = 256  # tokens at the end of a long row
+DEPTH = 10  # layers of 30: in float64 all of them would take minutes
+CASES = ("short", "padding", "packing", "accumulation", "dropout", "long")
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Wiring:
+    """One way to wire the model, and what it gave: gradients of each batch, for each case, and losses of short rows' tokens."""
+
+    model: Any
+    head: Head | None = None
+    exact: bool = False
+    gradients: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
+    nats: list[torch.Tensor] = field(default_factory=list)
+    same_bits: list[bool] = field(default_factory=list)
+    """Whether layers that are checkpointed, without dropout and with it, give the gradients that they gave before."""
+
+    def run(self, tokens: torch.Tensor) -> None:
+        for index in range(BATCHES):
+            self.run_short(tokens[index * 256 : (index + 1) * 256], seed=index)
+        for row in tokens.view(-1, *LONG):
+            labels = row.clone()
+            labels[:, :-SUPERVISED] = IGNORED
+            self.model.zero_grad()
+            self.add({"input_ids": row, "labels": labels}, SUPERVISED)
+            self.gradients["long"].append(self.gradient())
+        self.model = self.head = None
+
+    def run_short(self, tokens: torch.Tensor, seed: int) -> None:
+        """Run a batch of short rows, the same documents padded and packed, and one with dropout; the first three accumulate."""
+        short, dropped, rest = tokens.split([96, 64, 96])
+        rows: Batch = {"input_ids": short.view(SHORT), "labels": short.view(SHORT)}
+        documents = rest[: sum(DOCUMENTS)].split(DOCUMENTS)
+        self.model.zero_grad()
+        self.nats.append(self.add(rows, ITEMS))
+        sums = [self.gradient()]
+        for batch in [padded(documents)] if self.exact else [padded(documents), packed(documents)]:
+            self.add(batch, ITEMS)
+            sums.append(self.gradient())
+        if self.exact:  # padded or packed, the same documents
+            sums.append(2 * sums[1] - sums[0])
+        parts = [sums[0], sums[1] - sums[0], sums[2] - sums[1], sums[2]]
+        for case, gradient in zip(CASES, parts, strict=False):
+            self.gradients[case].append(gradient)
+        self.gradients["dropout"].append(self.with_dropout(dropped.view(DROPPED), seed))
+        if seed == 0 and not self.exact:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.zero_grad()
+            self.add(rows, ITEMS)
+            self.same_bits.append(torch.equal(self.gradient(), sums[0]))
+            again = self.with_dropout(dropped.view(DROPPED), seed)
+            self.same_bits.append(torch.equal(again, self.gradients["dropout"][0]))
+            self.model.gradient_checkpointing_disable()
+
+    def with_dropout(self, ids: torch.Tensor, seed: int) -> torch.Tensor:
+        """Return the gradient with dropout of the adapter: masks are drawn from the seed alike in every dtype."""
+        self.model.zero_grad()
+        set_dropout(self.model, 0.1)
+        torch.manual_seed(seed)
+        self.add({"input_ids": ids, "labels": ids}, ids.numel())
+        set_dropout(self.model, 0.0)
+        return self.gradient()
+
+    def add(self, batch: Batch, items: int) -> torch.Tensor:
+        """Add the gradients of the loss, and return it in nats for each position (B, T - 1)."""
+        labels = batch["labels"]
+        inputs = {"use_cache": False, **{name: value for name, value in batch.items() if name != "labels"}}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not self.exact):
+            if self.head is not None:
+                with self.head.computing(labels, items) as computed:
+                    self.model(**inputs)
+                assert computed.loss is not None
+                computed.loss.backward()
+                if labels.shape != SHORT:
+                    return computed.loss.detach()
+                with torch.no_grad(), self.head.computing(labels) as computed:
+                    self.model(**inputs)
+                assert computed.nats is not None
+                return computed.nats[:, :-1]
+            first = int((labels != IGNORED).any(0).nonzero()[0])  # of the tokens that are supervised
+            logits = self.model(**inputs, logits_to_keep=labels.shape[1] - max(first - 1, 0)).logits[:, :-1]
+        wide = logits if self.exact else logits.float()
+        assert wide.dtype == (torch.float64 if self.exact else torch.float32)
+        targets = labels[:, -logits.shape[1] :]
+        nats = torch.nn.functional.cross_entropy(wide.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        (nats.sum() / items).backward()
+        return nats.detach()
+
+    def gradient(self) -> torch.Tensor:
+        """Return what is added up, A and B in the order of their names, as one vector."""
+        trained = sorted((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return torch.cat([parameter.grad.double().flatten() for _, parameter in trained]).float()
+
+
+def set_dropout(model: torch.nn.Module, rate: float) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_dropout["default"].p = rate
+
+
+def padded(documents: Sequence[torch.Tensor]) -> Batch:
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(document) for document in documents], batch_first=True)
+    ids = pad(list(documents), batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
+
+
+def packed(documents: Sequence[torch.Tensor]) -> Batch:
+    ids = torch.cat(list(documents))[None]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, IGNORED)}
+
+
+@pytest.fixture(scope="module")
+def wirings(demo_folder: Path) -> dict[str, Wiring]:
+    """The model in float64, wired by hand and with kernels, after all batches have gone through each."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics)[:20])
+    tokens = torch.tensor(load_tokenizer(str(demo_folder))(text)["input_ids"][: BATCHES * 256])
+    assert len(tokens) == BATCHES * 256
+    made = {}
+    for name, make in (("exact", exact), ("by hand", by_hand), ("fused", with_kernels)):
+        model = make(demo_folder, b=0.02, dropout=0.1)
+        base = base_of(model)
+        base.model.layers, base.config.num_hidden_layers = base.model.layers[:DEPTH], DEPTH
+        set_dropout(model, 0.0)
+        if name == "fused":
+            prepare_packed(model)
+        made[name] = Wiring(model, Head.of(model) if name == "fused" else None, exact=name == "exact")
+        assert name != "fused" or made[name].head.module is not None
+        made[name].run(tokens)
+    return made
 
 
 @pytest.mark.slow
-def test_so_they_are_on_a_real_model_and_real_text(demo_folder: Path, text: str) -> None:
-    ids = load_tokenizer(str(demo_folder))(text[:9000])["input_ids"]
-    batches = torch.tensor(ids[: 8 * 96]).view(8, 1, 96)
-    assert_no_worse(errors(demo_folder, list(batches), b=0.02))
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_real_model_gradients_are_as_near_to_float64_as_those_of_the_usual_wiring(
+    wirings: dict[str, Wiring], case: str
+) -> None:
+    wanted = wirings["exact"].gradients[case]
+    assert len(wanted) == (BATCHES // 2 if case == "long" else BATCHES)
+    by_hand, fused = (
+        [apart(got, right) for got, right in zip(wirings[name].gradients[case], wanted, strict=True)]
+        for name in ("by hand", "fused")
+    )
+    assert 1e-3 < statistics.median(by_hand) < 0.2
+    ratio = statistics.median(error / usual for error, usual in zip(fused, by_hand, strict=True))
+    assert ratio <= 1.05, (case, fused, by_hand)
+
+
+def apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.slow
+def test_on_a_real_model_checkpointing_gives_the_same_bits(wirings: dict[str, Wiring]) -> None:
+    """So errors with it are those without it."""
+    assert wirings["fused"].same_bits == wirings["by hand"].same_bits == [True, True]
+
+
+@pytest.mark.slow
+def test_on_a_real_model_losses_are_as_near_to_float64_as_those_of_the_usual_wiring(wirings: dict[str, Wiring]) -> None:
+    """Root mean squares over 1,504 tokens: the errors of single batches' losses are too few, and go through zero."""
+    wanted = torch.stack(wirings["exact"].nats)
+    errors = {name: (torch.stack(wirings[name].nats).double() - wanted).square().mean().sqrt() for name in ("by hand", "fused")}
+    assert 1e-3 < errors["by hand"] < 0.2
+    assert errors["fused"] <= 1.05 * errors["by hand"], errors

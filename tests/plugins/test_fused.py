@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from qlora_bitsandbytes import NF4
 from qlora_core import inject_adapter, load_model
-from qlora_core.attention import base_of
+from qlora_core.attention import Documents, base_of
+from qlora_core.attention import _attention as attention_of_documents
 from qlora_core.testing.tiny import tiny_config, tiny_ids
 from qlora_fused import Fused, blockwise, rewriting
 from qlora_fused.lora import fuse_group, fusible
@@ -368,6 +369,23 @@ def test_layers_of_other_kinds_are_left_alone(caplog: pytest.LogCaptureFixture) 
     assert not any(fusible(layer) or "forward" in vars(layer) for layer in layers_of(model))
     assert torch.equal(model(ids).logits, wanted)
     assert "nothing here applies" in caplog.text
+    for name in ("transformer.h.0.attn.c_attn (Conv1D)", "transformer.h.0.mlp.c_fc (Conv1D)", "transformer.wte (Embedding)"):
+        assert f"{name} is left alone" in caplog.text
+
+
+def test_layers_that_are_left_alone_are_named_beside_those_that_are_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    base = load_model(tiny_config(), NF4())
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False))
+    ids = tiny_ids(model)
+    with torch.no_grad():
+        wanted = model.eval()(ids, use_cache=False).logits
+        with caplog.at_level(logging.DEBUG, "qlora_core"):
+            Fused(keep_pages=False).apply(model)
+        assert error(model(ids, use_cache=False).logits, wanted) < 1e-5
+    said = [record.getMessage() for record in caplog.records if "is left alone" in record.getMessage()]
+    assert [line.partition(": ")[2].split(" ")[0] for line in said] == ["model.embed_tokens"]
+    assert "2 LoRA layers" in caplog.text
+    assert "no MLPs of the kind that is replaced" in caplog.text
 
 
 def test_layers_whose_base_trains_are_not_fusible() -> None:
@@ -476,10 +494,11 @@ def test_rotary_positions_of_bfloat16_are_rounded_once() -> None:
 # Attention
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Return (B, T, H, dv) in float64, head by head as the formula has it."""
     length, share = q.shape[2], q.shape[1] // k.shape[1]
-    seen = torch.arange(length)[:, None] >= torch.arange(length)
+    back = torch.arange(length)[:, None] - torch.arange(length)  # how far a key lies before a query
+    seen = (back >= 0) & (back < (length if window is None else window))
     heads = []
     for head in range(q.shape[1]):
         scores = scale * q[:, head].double() @ k[:, head // share].double().transpose(1, 2)
@@ -569,6 +588,26 @@ def test_attention_that_is_not_causal_over_one_square_goes_to_sdpa(case: str) ->
     assert_near([got], [wanted])
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "shared"), [(4, 4), (6, 2)])
+def test_documents_of_a_packed_batch_attend_to_themselves_only(heads: int, shared: int, window: int | None) -> None:
+    given = [values(2, count, 150, 16, seed=seed) for seed, count in enumerate((heads, shared, shared))]
+    rows = (((0, 70), (70, 71), (71, 150)), ((0, 21), (21, 150)))
+    leaves = [x.clone().requires_grad_() for x in given]
+    module = nn.Module()
+    module.num_key_value_groups = heads // shared  # type: ignore[assignment]
+    y, _ = attention_of_documents(blockwise.attention, module, *leaves, Documents(rows, window), scaling=0.3)
+    wide = [x.double().requires_grad_() for x in given]
+    wanted = torch.cat(
+        [
+            torch.cat([softmax_attention(*(x[index : index + 1, :, a:b] for x in wide), 0.3, window) for a, b in row], dim=1)
+            for index, row in enumerate(rows)
+        ]
+    )
+    assert y.shape == wanted.shape == (2, 150, heads, 16)
+    assert_near([y, *gradients(y, leaves)], [wanted, *gradients(wanted, wide)], 1e-5)
+
+
 # Options
 
 PARTS = {"linear": 14, "mlp": 2, "norm": 5, "rotary": 2, "attention": 1, "keep_pages": 1}
@@ -582,7 +621,7 @@ def replaced(model: Any) -> dict[str, int]:
         "mlp": sum(hasattr(module, "down_proj") for module in own),
         "norm": sum(isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter) for module in own),
         "rotary": sum(hasattr(module, "q_proj") for module in own),
-        "attention": int(base_of(model).config._attn_implementation == blockwise.BLOCKWISE),
+        "attention": int(base_of(model).config._attn_implementation == blockwise.COMPILED),
     }
     assert sum(found.values()) - found["attention"] == len(own), [type(module) for module in own]
     return found
