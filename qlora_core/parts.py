@@ -27,7 +27,7 @@ from qlora_core.validation import did_you_mean
 if TYPE_CHECKING:
     import transformers
 
-__all__ = ["Parts", "Weighted", "build", "described", "made", "mixed", "resolve"]
+__all__ = ["Parts", "Weighted", "build", "described", "kernel_candidates", "made", "mixed", "resolve"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -179,7 +179,7 @@ def resolve(config: RunConfig, registry: Registry) -> tuple[RunConfig, Parts]:
         problems += [
             Problem(("kernels", o), "unknown option; auto accepts no options") for o in config.kernels.provider_options
         ]
-        built["kernels"] = tuple(_candidates(registry))
+        built["kernels"] = tuple(kernel_candidates(registry))
     else:
         sections.append(("kernels", "kernels", config.kernels, ("kernels",)))
     for index, choice in enumerate(config.callbacks):
@@ -230,7 +230,7 @@ def _twice(exporters: Sequence[Exporter]) -> Iterator[Problem]:
             yield Problem(("exports", index), f"{name!r} stands there twice and both would write exports/{name}; leave one out")
 
 
-def _candidates(registry: Registry) -> Iterator[Kernels]:
+def kernel_candidates(registry: Registry) -> Iterator[Kernels]:
     """Yield what `kernels: auto` may choose from; kernels that can't be made without options, or fail, are not."""
     for found in registry.provided("kernels"):
         try:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_core.calls import answered, calling
 from qlora_core.config import ModelConfig
 from qlora_core.errors import ModelError
-from qlora_core.parts import build
+from qlora_core.kernels import apply_kernels
+from qlora_core.parts import Parts, build, kernel_candidates
 from qlora_core.registry import Registry
 from qlora_core.run import Run
 
@@ -29,6 +30,8 @@ class SavedRun:
     run: Run
     quantizer: Quantizer
     adapter: Adapter
+    registry: Registry | None = None
+    """Where kernels are looked for; without it there are none."""
 
     @classmethod
     def open(cls, folder: str | Path, registry: Registry) -> SavedRun:
@@ -36,7 +39,7 @@ class SavedRun:
         run = Run.open(folder)
         _, quantizer = build(registry, "quantizer", run.config.quantizer, "quantizer")
         _, adapter = build(registry, "adapter", run.config.adapter, "adapter")
-        return cls(run, quantizer, adapter)
+        return cls(run, quantizer, adapter, registry)
 
     def load_tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """Return the tokenizer that was saved with the adapter, new tokens included."""
@@ -58,6 +61,23 @@ class SavedRun:
         with calling(self.adapter, "load"):
             adapted = self.adapter.load(base, self.run.adapter)
             return answered(self.adapter, "load", adapted, torch.nn.Module, "the adapted model")  # type: ignore[no-any-return]
+
+    def apply_kernels(self, adapted: torch.nn.Module) -> torch.nn.Module:
+        """Return *adapted*, rewritten in place by the kernels that the run's configuration names.
+
+        For whole texts, as in an evaluation; writing a token at a time is not faster with them. Raises ConfigError where they
+        are not installed.
+        """
+        config = self.run.config
+        if self.registry is not None:
+            auto = config.kernels.name == "auto"
+            kernels = (
+                tuple(kernel_candidates(self.registry))
+                if auto
+                else (build(self.registry, "kernels", config.kernels, "kernels")[1],)
+            )
+            apply_kernels(adapted, config, Parts(self.quantizer, self.adapter, (), kernels, auto_kernels=auto))
+        return adapted
 
     def merge(self) -> transformers.PreTrainedModel:
         """Return a plain model with the weights Q(W) + adapter, computed in float32 and rounded once to the load dtype.

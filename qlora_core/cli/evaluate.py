@@ -71,7 +71,7 @@ def evaluate(
     model = saved.load_base()
     precision = run.config.training.mixed_precision
     base = score(model, blocks, batch_size=batch_size, mixed_precision=precision)
-    adapted = score(saved.add_adapter(model), blocks, batch_size=batch_size, mixed_precision=precision)
+    adapted = score(saved.apply_kernels(saved.add_adapter(model)), blocks, batch_size=batch_size, mixed_precision=precision)
     rows = {"base": base, "adapted": adapted}
     if as_json:
         report = {n: {"loss": s.loss, "perplexity": s.perplexity, "tokens": s.tokens} for n, s in rows.items()}

@@ -154,3 +154,17 @@ def test_what_the_gate_refuses_is_told_before_any_weight_is_loaded(
 
     monkeypatch.setattr("qlora_core.saved.SavedRun.load_base", load)
     assert "1 row with an empty turn" in refuse(run, "--data", "bad.jsonl")
+
+
+def test_the_adapted_model_is_scored_with_the_kernels_of_the_run(
+    qlora: Callable[..., Any], write_config: Callable[..., Path], text_file: Path, here: Path
+) -> None:
+    losses = {}
+    for kernels in ("fused", "reference", "auto"):
+        path = write_config(training={"max_steps": 1}, kernels=kernels, output=str(here / kernels))
+        assert qlora("train", path, "--quiet").code == 0
+        result = qlora("eval", here / kernels, "--data", text_file, "--json", "--verbose")
+        assert result.code == 0, result.err
+        assert ("kernels fused: 14 LoRA layers" in result.err) == (kernels != "reference")
+        losses[kernels] = json.loads(result.out)["adapted"]["loss"]
+    assert losses["fused"] == losses["auto"] == pytest.approx(losses["reference"], rel=1e-3)
