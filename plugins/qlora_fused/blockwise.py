@@ -34,7 +34,7 @@ class Blockwise(torch.autograd.Function):
         out = q.new_empty(batch, length, shared, share, v.shape[-1])
         kept: list[Tensor] = []
         keep = batch * heads * length * length // 2 <= SAVED
-        ctx.loops = loops if q.dtype == torch.bfloat16 else None
+        ctx.loops = loops if loops is not None and q.dtype in loops.DTYPES else None
         for start in range(0, length, ROWS):
             end = min(start + ROWS, length)
             p = _probabilities(q[:, :, start:end], keys, scale, start, ctx.loops)
@@ -80,7 +80,7 @@ def _probabilities(q: Tensor, keys: Tensor | None, scale: float, start: int, loo
     with torch.autocast(q.device.type, enabled=False):  # where the backward pass is called in it
         scores = torch.bmm(q.reshape(pairs, -1, width).to(torch.float32, copy=True).mul_(scale), keys[:, :, :end])
     if loops is not None:
-        return loops.probabilities(scores, start, size)  # type: ignore[no-any-return]
+        return loops.probabilities(scores, start, size, q.dtype)  # type: ignore[no-any-return]
     scores.view(pairs, share, size, end)[..., start:].masked_fill_(
         torch.ones(size, size, dtype=torch.bool).triu_(1), -torch.inf
     )

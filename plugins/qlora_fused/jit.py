@@ -1,7 +1,8 @@
 """What loops over elements are compiled with: numba, and the threads that torch's own kernels run on. Imports numba.
 
-A loop gets one array of int64: the next block to be taken, the number of blocks, then addresses, sizes and float32s' bits.
-Threads take blocks until none is left, so one that the machine holds up delays nobody.
+A loop gets one array of int64: the next block to be taken, the number of blocks, then addresses, sizes and float32s' bits. It
+is declared as a pointer to what tensors are made of, so that a loop is written once and compiled for each dtype. Threads take
+blocks until none is left, so one that the machine holds up delays nobody.
 """
 
 from __future__ import annotations
@@ -21,34 +22,48 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "DTYPES",
     "ONE",
+    "Loop",
+    "elements",
     "exp",
     "floats",
     "from_order",
-    "halves",
-    "loop",
+    "get",
+    "numbers",
+    "put",
     "real",
-    "run",
     "sigmoid",
     "take",
     "threads",
-    "to_half",
     "to_order",
-    "to_single",
 ]
 
 BLOCK = 2**15  # elements that a thread takes at a time: a few microseconds
 INLINE = {"fastmath": {"contract"}, "inline": "always", "error_model": "numpy"}
 I16, I32, I64, SINGLE = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
-loop = cfunc(
-    types.void(types.CPointer(types.int64)),
-    cache=True,
-    error_model="numpy",
-    # sums in any order, so that they are made in vectors; no assumption about NaN and infinity
-    fastmath={"contract", "reassoc", "nsz", "arcp"},
-)
-"""Compiles a function of that array; kept on disk for the next process."""
+DTYPES = {torch.bfloat16: types.uint16, torch.float32: types.float32}
+"""Of the tensors, with what they are to numba, which does not know bfloat16: the upper half of a float32."""
+# sums in any order, so that they are made in vectors; no assumption about NaN and infinity
+ARITHMETIC = {"contract", "reassoc", "nsz", "arcp"}
+
+
+class Loop:
+    """A function of that array, compiled for a dtype when it is first called with it and kept on disk for the next process."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.compiled: dict[torch.dtype, Any] = {}
+
+    def __call__(self, dtype: torch.dtype, blocks: int, *values: Tensor | int | float) -> None:
+        """Run for the *blocks* with *values*: the addresses of tensors, ints, and floats as float32."""
+        if dtype not in self.compiled:
+            declared = types.void(types.CPointer(DTYPES[dtype]))
+            self.compiled[dtype] = cfunc(declared, cache=True, error_model="numpy", fastmath=ARITHMETIC)(self.function)
+        array = [_number(value) for value in values]
+        data = (ctypes.c_int64 * (2 + len(array)))(0, blocks, *array)
+        threads()(self.compiled[dtype].address, data, min(blocks, torch.get_num_threads()), 0)
 
 
 @functools.cache
@@ -66,13 +81,6 @@ def threads() -> Any:
     return entry
 
 
-def run(compiled: Any, blocks: int, *values: Tensor | int | float) -> None:
-    """Run *compiled* for the *blocks* with *values*: the addresses of tensors, ints, and floats as float32."""
-    numbers = [_number(value) for value in values]
-    data = (ctypes.c_int64 * (2 + len(numbers)))(0, blocks, *numbers)
-    threads()(compiled.address, data, min(blocks, torch.get_num_threads()), 0)
-
-
 def _number(value: Tensor | int | float) -> int:
     if isinstance(value, Tensor):
         return value.data_ptr()
@@ -86,26 +94,72 @@ def take(context: Any, data: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.bitcast(args[0], I64.as_pointer()), ir.Constant(I64, 1), "monotonic")
 
-    return types.int64(types.CPointer(types.int64)), generate
+    return types.int64(data), generate
 
 
-def _pointer(element: Any) -> Any:
-    @intrinsic
-    def pointer(context: Any, address: Any) -> Any:
-        """Return the array at *address*."""
-        kind = types.CPointer(element)
+@intrinsic
+def numbers(context: Any, data: Any) -> Any:
+    """Return the array as what it is, of int64."""
+    kind = types.CPointer(types.int64)
 
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(kind))
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(kind))
 
-        return kind(types.int64), generate
-
-    return pointer
+    return kind(data), generate
 
 
-floats = _pointer(types.float32)
-halves = _pointer(types.uint16)
-"""bfloat16, which numba does not know: the upper halves of float32s."""
+@intrinsic
+def elements(context: Any, data: Any, address: Any) -> Any:
+    """Return the tensor at *address*, of the dtype that the loop is compiled for."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[1], context.get_value_type(data))
+
+    return data(data, types.int64), generate
+
+
+@intrinsic
+def floats(context: Any, address: Any) -> Any:
+    """Return the float32s at *address*."""
+    kind = types.CPointer(types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+@intrinsic
+def get(context: Any, tensor: Any, index: Any) -> Any:
+    """Return an element as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(builder.gep(args[0], [args[1]]))
+        if tensor.dtype == types.float32:
+            return value
+        return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), SINGLE)
+
+    return types.float32(tensor, types.int64), generate
+
+
+@intrinsic
+def put(context: Any, tensor: Any, index: Any, value: Any) -> Any:
+    """Set an element to a float32, which for bfloat16 is rounded to the nearest, ties to even; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rounded = args[2] if tensor.dtype == types.float32 else _half(builder, args[2])
+        builder.store(rounded, builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(tensor, types.int64, types.float32), generate
+
+
+def _half(builder: Any, single: Any) -> Any:
+    bits = builder.bitcast(single, I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd), ir.Constant(I32, 16))
+    unordered = builder.fcmp_unordered("uno", single, single)
+    return builder.trunc(builder.select(unordered, ir.Constant(I32, 0x7FC0), rounded), I16)
 
 
 @intrinsic
@@ -116,30 +170,6 @@ def real(context: Any, bits: Any) -> Any:
         return builder.bitcast(builder.trunc(args[0], I32), SINGLE)
 
     return types.float32(types.int64), generate
-
-
-@intrinsic
-def to_single(context: Any, half: Any) -> Any:
-    """Return a bfloat16 as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.shl(builder.zext(args[0], I32), ir.Constant(I32, 16)), SINGLE)
-
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
-def to_half(context: Any, single: Any) -> Any:
-    """Return a float32 rounded to bfloat16, to the nearest and ties to even; NaN stays NaN."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], I32)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-        rounded = builder.lshr(builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd), ir.Constant(I32, 16))
-        unordered = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(unordered, ir.Constant(I32, 0x7FC0), rounded), I16)
-
-    return types.uint16(types.float32), generate
 
 
 @intrinsic

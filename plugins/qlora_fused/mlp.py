@@ -36,7 +36,7 @@ def _pieces(like: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
 
 def gated(gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> Tensor:
     """Return act(gate) * up, (rows, d), rounded once; in one pass where there are *loops* for it."""
-    if loops is not None and activation in loops.GATES and gate.dtype == torch.bfloat16:
+    if loops is not None and activation in loops.GATES and gate.dtype in loops.DTYPES:
         return loops.gated(gate, up, activation)  # type: ignore[no-any-return]
     act, _, arguments = ACTIVATIONS[activation]
     product = torch.empty_like(up)
@@ -48,7 +48,7 @@ def gated(gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> Tenso
 
 def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, (rows, d), each rounded once."""
-    if loops is not None and activation in loops.GATES and gate.dtype == torch.bfloat16:
+    if loops is not None and activation in loops.GATES and gate.dtype in loops.DTYPES:
         return loops.gated_backward(d_product, gate, up, activation)  # type: ignore[no-any-return]
     act, gradient, arguments = ACTIVATIONS[activation]
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)

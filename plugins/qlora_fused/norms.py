@@ -25,10 +25,10 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, loops: Any = None) -> Tensor:
         """x: (..., d), scale: (d,) float32, nowhere 0; return (..., d) in *dtype*."""
-        if x.dtype != torch.float32 or dtype != torch.bfloat16:
+        if loops is not None and (x.dtype != torch.float32 or dtype not in loops.DTYPES):
             loops = None
         if loops is not None:
-            y, inverse = loops.rms_norm(x.contiguous(), scale, eps)
+            y, inverse = loops.rms_norm(x.contiguous(), scale, eps, dtype)
         else:
             wide = x.float()
             inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()

@@ -23,7 +23,10 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, loops: Any = None) -> Tensor:
         """x: (B, heads, T, d) or (B, T, heads, d); cos and sin: the same with one head, and d or fewer values."""
-        if x.dtype != torch.bfloat16 or x.stride(-1) != 1 or cos.dtype != torch.float32 or cos.shape[1:3] != (1, x.shape[2]):
+        by_heads = cos.shape[1:3] == (1, x.shape[2])
+        if loops is not None and not (
+            x.dtype in loops.DTYPES and x.stride(-1) == 1 and cos.dtype == torch.float32 and by_heads
+        ):
             loops = None
         ctx.loops = loops
         if loops is not None:

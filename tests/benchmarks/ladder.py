@@ -21,7 +21,7 @@ from process import ChildError
 from settings import Setting
 from verdict import figures
 
-PARTS = ("linear", "attention", "mlp", "norm", "rotary", "keep_pages")
+PARTS = ("linear", "attention", "mlp", "norm", "rotary", "compiled", "keep_pages")
 OFF = "kernels={name: fused, " + ", ".join(f"{part}: false" for part in PARTS) + "}"
 
 
@@ -43,6 +43,7 @@ LADDER = (
     Rung("+ MLP", ("kernels.mlp=true",)),
     Rung("+ norms, float32 residuals", ("kernels.norm=true",)),
     Rung("+ rotary positions", ("kernels.rotary=true",)),
+    Rung("+ compiled loops", ("kernels.compiled=true",)),
     Rung("+ pages kept", ("kernels.keep_pages=true",)),
     Rung("+ full checkpointing", ("training.gradient_checkpointing=true",)),
 )

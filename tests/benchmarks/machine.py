@@ -15,16 +15,22 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"
 
 
 def machine() -> dict[str, Any]:
-    """Return the facts of this machine: cores, processor, its vector instructions, memory in bytes, versions."""
+    """Return the facts of this machine: cores, processor, its vector instructions, faster dtype, memory in bytes, versions."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": _field("/proc/cpuinfo", "model name") or platform.processor(),
         "flags": [flag for flag in FLAGS if flag in _field("/proc/cpuinfo", "flags").split()],
+        "dtype": dtype(),
         "memory": int((_field("/proc/meminfo", "MemTotal").split() or ["0"])[0]) * 1024,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def dtype() -> str:
+    """Return the dtype in which the processor multiplies matrices faster: float32 where bfloat16 is emulated."""
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(_field("/proc/cpuinfo", "flags").split()) else "float32"
 
 
 def parameters(model: Path) -> int:

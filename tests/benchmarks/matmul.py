@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices in bfloat16: the bound that no training step can pass.
+"""How fast this machine multiplies matrices, in its faster dtype: the bound that no training step can pass.
 
     python matmul.py [--size 2048] [--repetitions 12]
 
@@ -13,9 +13,10 @@ import statistics
 import time
 
 import torch
+from machine import dtype
 
 
-def rates(size: int, repetitions: int, dtype: torch.dtype = torch.bfloat16) -> list[float]:
+def rates(size: int, repetitions: int, dtype: torch.dtype) -> list[float]:
     """Return FLOP/s of each product of two matrices (size, size), after two to warm up."""
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     measured = []
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=12)
     options = parser.parse_args()
     with torch.inference_mode():
-        measured = rates(options.size, options.repetitions)
+        measured = rates(options.size, options.repetitions, getattr(torch, dtype()))
     print(json.dumps({"rates": measured, "best": max(measured), "median": statistics.median(measured)}))
 
 

@@ -6,8 +6,9 @@
 
 PEER is `trainer` (transformers Trainer + PEFT + bitsandbytes, wired by hand as the QLoRA tutorials do) or `trl` (TRL's
 SFTTrainer). Both use NF4 + double quantisation, LoRA r=16 alpha=32 on every linear layer, dropout 0, AdamW and a constant
-learning rate of 2e-4. Rows (see workload.py) of one length make batches as they are; others are padded to the longest of
-their batch. Prints one JSON object.
+learning rate of 2e-4, in bfloat16; on a processor that only emulates it, in float32, which is many times as fast there. Rows
+(see workload.py) of one length make batches as they are; others are padded to the longest of their batch. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 import workload
 from clock import Clock
 from datasets import Dataset
+from machine import dtype
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
@@ -38,6 +40,8 @@ from transformers import (
 )
 
 PROMPT = "The import statement"
+BF16 = torch.cuda.is_available() or dtype() == "bfloat16"
+DTYPE = torch.bfloat16 if BF16 else torch.float32
 
 
 def lora() -> LoraConfig:
@@ -53,9 +57,9 @@ def load(model: str) -> tuple[Any, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=DTYPE,
     )
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=quantization), tokenizer
+    return AutoModelForCausalLM.from_pretrained(model, dtype=DTYPE, quantization_config=quantization), tokenizer
 
 
 def trainer_of(options: argparse.Namespace, clock: Clock, folder: str) -> Any:
@@ -72,7 +76,7 @@ def trainer_of(options: argparse.Namespace, clock: Clock, folder: str) -> Any:
         "prediction_loss_only": True,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "constant",
-        "bf16": True,
+        "bf16": BF16,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,
         "save_strategy": "no",

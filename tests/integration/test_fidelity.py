@@ -138,7 +138,7 @@ def test_training_changes_only_a_and_b(run: Callable[..., Finished], tiny_model:
 
 
 def test_saved_adapter_loads_with_plain_peft_and_gives_our_logits(run: Callable[..., Finished], tiny_model: Path) -> None:
-    finished = run()
+    finished = run(model=ModelConfig(path=str(tiny_model), dtype="bfloat16"))
     plain = peft.PeftModel.from_pretrained(by_hand(tiny_model), str(finished.run.adapter))
     assert torch.equal(finished.model.train()(IDS).logits, plain.train()(IDS).logits)
 

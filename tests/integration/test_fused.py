@@ -22,6 +22,7 @@ from qlora_bitsandbytes import NF4
 from qlora_core import Finished, ModelConfig, inject_adapter, load_model, load_tokenizer
 from qlora_core.attention import PER_DOCUMENT, base_of
 from qlora_core.data.collate import IGNORED
+from qlora_core.device import supports_bf16
 from qlora_core.packed import prepare_packed
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss
@@ -374,7 +375,11 @@ def test_a_run_with_kernels_follows_one_without_and_its_adapter_is_an_ordinary_o
 
 # A real model and real text (its first layers)
 
-BATCHES = 16  # medians of fewer move by more than 5 % from one text to another
+# bfloat16, but where a processor only emulates it: there it would take minutes, and runs are in float32
+AUTOCAST = supports_bf16(torch.device("cpu"))
+USUAL = (1e-3, 0.2) if AUTOCAST else (1e-7, 1e-4)
+"""Between which the errors of the usual wiring are."""
+BATCHES = 16 if AUTOCAST else 8  # in bfloat16 medians of fewer move by more than 5 % from one text to another
 SHORT, DROPPED, LONG = (2, 48), (2, 32), (1, 512)
 DOCUMENTS = (32, 20, 12, 8)  # tokens of documents, in rows with padding, and all in one row
 ITEMS = 2 * 47 + 2 * (31 + 19 + 11 + 7)  # supervised tokens of the batches whose gradients are accumulated
@@ -447,7 +452,7 @@ class Wiring:
         """Add the gradients of the loss, and return it in nats for each position (B, T - 1)."""
         labels = batch["labels"]
         inputs = {"use_cache": False, **{name: value for name, value in batch.items() if name != "labels"}}
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not self.exact):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=AUTOCAST and not self.exact):
             if self.head is not None:
                 with self.head.computing(labels, items) as computed:
                     self.model(**inputs)
@@ -526,7 +531,7 @@ def test_on_a_real_model_gradients_are_as_near_to_float64_as_those_of_the_usual_
         [apart(got, right) for got, right in zip(wirings[name].gradients[case], wanted, strict=True)]
         for name in ("by hand", "fused")
     )
-    assert 1e-3 < statistics.median(by_hand) < 0.2
+    assert USUAL[0] < statistics.median(by_hand) < USUAL[1]
     ratio = statistics.median(error / usual for error, usual in zip(fused, by_hand, strict=True))
     assert ratio <= 1.05, (case, fused, by_hand)
 
@@ -546,5 +551,5 @@ def test_on_a_real_model_losses_are_as_near_to_float64_as_those_of_the_usual_wir
     """Root mean squares over 1,504 tokens: the errors of single batches' losses are too few, and go through zero."""
     wanted = torch.stack(wirings["exact"].nats)
     errors = {name: (torch.stack(wirings[name].nats).double() - wanted).square().mean().sqrt() for name in ("by hand", "fused")}
-    assert 1e-3 < errors["by hand"] < 0.2
+    assert USUAL[0] < errors["by hand"] < USUAL[1]
     assert errors["fused"] <= 1.05 * errors["by hand"], errors

@@ -113,7 +113,7 @@ def test_keep_best_ends_with_the_weights_of_the_lowest_evaluation_loss(
 
 
 def test_early_stopping_ends_a_run_that_gets_worse(run: Callable[..., Finished]) -> None:
-    training = {"max_steps": 40, "learning_rate": 0.5, "eval_steps": 1, "warmup": 0}
+    training = {"max_steps": 40, "learning_rate": 5.0, "eval_steps": 1, "warmup": 0}
     finished = run(callbacks=[EarlyStopping(patience=2)], training=training)
     assert finished.metrics["step"] < 40
 
