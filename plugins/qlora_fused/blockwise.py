@@ -17,7 +17,7 @@ __all__ = ["BLOCKWISE", "COMPILED", "attention"]
 
 BLOCKWISE, COMPILED = "blockwise", "blockwise_compiled"
 ROWS = 128  # of queries in a block; measured
-SAVED = 8 * 2**20  # elements of the probabilities of a layer up to which they are saved, not made again
+SAVED = 4 * 2**20  # bytes of the probabilities of a layer up to which they are saved, not made again
 
 
 class Blockwise(torch.autograd.Function):
@@ -33,7 +33,7 @@ class Blockwise(torch.autograd.Function):
         keys = k.transpose(1, 2).float()
         out = q.new_empty(batch, length, shared, share, v.shape[-1])
         kept: list[Tensor] = []
-        keep = batch * heads * length * length // 2 <= SAVED
+        keep = batch * heads * length * length // 2 * q.element_size() <= SAVED
         ctx.loops = loops if loops is not None and q.dtype in loops.DTYPES else None
         for start in range(0, length, ROWS):
             end = min(start + ROWS, length)
