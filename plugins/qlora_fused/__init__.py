@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def has_liger() -> bool:
+    """Return whether liger-kernel is installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
 class FusedOptions(ProviderOptions):
     """What `fused` accepts: each part can be left out, to compare or to look for a fault."""
 
@@ -21,6 +27,7 @@ class FusedOptions(ProviderOptions):
     norm: bool = Field(True, description="norms in float32 with an output in the dtype of the products; float32 residuals")
     rotary: bool = Field(True, description="rotary embeddings without concatenation, rounded once")
     attention: bool = Field(True, description="on the CPU: causal attention in blocks of rows by plain matrix products")
+    liger: bool = Field(True, description="on CUDA: norms, MLPs and rotary embeddings of liger-kernel, where it is installed")
     compiled: bool = Field(True, description="on the CPU: what lies between matrix products in loops that numba compiles")
     keep_pages: bool = Field(True, description="on the CPU: freed memory stays in the process, for the next step to use")
 
@@ -33,8 +40,8 @@ class Fused(Kernels):
     options: FusedOptions
 
     def suits(self, device: str) -> int:
-        """Return a rank above that of `reference` on the CPU, where it was measured; elsewhere it must be named."""
-        return 2 if device == "cpu" else 0
+        """Return a rank above that of `reference` on the CPU, and on CUDA with liger-kernel; elsewhere it must be named."""
+        return 2 if device == "cpu" or (device == "cuda" and has_liger()) else 0
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return *model* itself, the parts that this knows replaced in place."""

@@ -15,12 +15,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_core.attention import base_of
 from qlora_core.packed import at_rest
+from qlora_fused import has_liger
 from qlora_fused.blockwise import BLOCKWISE, COMPILED, attention
 from qlora_fused.lora import compute_dtype, fuse_group, fusible, output_dtype
 from qlora_fused.mlp import activation_of, fuse_mlp
 from qlora_fused.norms import fuse_layer_norm, fuse_rms_norm, rms_norm_of
 from qlora_fused.pages import keep_pages
-from qlora_fused.rotary import fuse_rotary, rotates_halves
+from qlora_fused.rotary import apply_rotary_pos_emb, fuse_rotary, rotates_halves
 
 if TYPE_CHECKING:
     from qlora_fused import FusedOptions
@@ -43,15 +44,12 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer) and not fusible(module):
                 logger.debug("kernels fused: %s (%s) is left alone", name, type(module.get_base_layer()).__name__)  # type: ignore[attr-defined]
-    if options.mlp:
-        done["MLPs"] = _mlps(base, loops)
-    if options.norm and layers:
-        done["norms"] = _norms(base, loops)
-    if options.rotary:
-        found = [module for module in base.modules() if rotates_halves(module)]
-        for module in found:
-            fuse_rotary(module, loops)
-        done["rotary embeddings"] = len(found)
+    if options.liger and base.device.type == "cuda" and has_liger():
+        from qlora_fused.liger import use_liger
+
+        done["modules of liger-kernel"] = use_liger(base)
+    if not done["modules of liger-kernel"]:
+        _between_products(base, options, loops, done)
     if options.attention:
         done["attention"] = _attention(base, loops)
     if options.keep_pages and base.device.type == "cpu":
@@ -60,6 +58,18 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     missing = [what for what, n in done.items() if not n]
     if missing:
         logger.debug("kernels fused: %s has no %s of the kind that is replaced", type(base).__name__, ", ".join(missing))
+
+
+def _between_products(base: Any, options: FusedOptions, loops: Any, done: Counter[str]) -> None:
+    if options.mlp:
+        done["MLPs"] = _mlps(base, loops)
+    if options.norm and any(fusible(module) for module in base.modules()):
+        done["norms"] = _norms(base, loops)
+    if options.rotary:
+        found = [module for module in base.modules() if rotates_halves(module)]
+        for module in found:
+            fuse_rotary(module, functools.partial(apply_rotary_pos_emb, loops=loops))
+        done["rotary embeddings"] = len(found)
 
 
 def _loops() -> Any:

@@ -5,14 +5,14 @@ A model's own forward is kept; only the function `apply_rotary_pos_emb` that it 
 
 from __future__ import annotations
 
-import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fuse_rotary", "rotates_halves"]
+__all__ = ["apply_rotary_pos_emb", "fuse_rotary", "rotates_halves"]
 
 NAME = "apply_rotary_pos_emb"
 
@@ -87,10 +87,10 @@ def rotates_halves(module: torch.nn.Module) -> bool:
     return all(alike)
 
 
-def fuse_rotary(module: Any, loops: Any = None) -> None:
-    """Let the forward of *module* call our function where it called the library's."""
+def fuse_rotary(module: Any, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Let the forward of *module* call *function* where it called the library's."""
     theirs = type(module).forward
-    seen = {**theirs.__globals__, NAME: functools.partial(apply_rotary_pos_emb, loops=loops)}
+    seen = {**theirs.__globals__, NAME: function}
     ours = types.FunctionType(theirs.__code__, seen, theirs.__name__, theirs.__defaults__, theirs.__closure__)
     ours.__kwdefaults__ = theirs.__kwdefaults__
     module.forward = types.MethodType(ours, module)

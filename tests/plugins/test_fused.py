@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -641,3 +643,47 @@ def test_each_option_switches_off_its_part_and_no_other(left_out: str | None, mo
     assert found == {part: 0 if part == left_out else count for part, count in PARTS.items()}
     with torch.no_grad():
         assert error(model(ids, use_cache=False).logits, wanted) < 1e-5
+
+
+# liger-kernel
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_on_cuda_auto_takes_these_kernels_where_liger_kernel_is(monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    found = importlib.util.find_spec
+    there = {"liger_kernel": found("torch") if installed else None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: there.get(name, found(name, *rest)))
+    assert [Fused().suits(device) for device in ("cpu", "cuda", "xpu")] == [2, 2 if installed else 0, 0]
+
+
+def test_liger_kernel_is_bound_to_one_model_and_to_no_other() -> None:
+    """What it computes is not run here: its kernels need a GPU."""
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm
+    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+
+    from qlora_fused.liger import use_liger
+
+    model: Any = inject_adapter(load_model(tiny_config(), NF4()), LoRA(r=4))
+    module = sys.modules[type(base_of(model)).__module__]
+    before = dict(vars(module))
+    assert use_liger(base_of(model)) == PARTS["norm"] + PARTS["mlp"] + PARTS["rotary"]
+    layer = base_of(model).model.layers[0]
+    assert layer.input_layernorm.forward.__func__ is LigerRMSNorm.forward
+    assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
+    assert "liger" in layer.self_attn.forward.__func__.__globals__["apply_rotary_pos_emb"].__module__
+    assert vars(module) == before
+    other = inject_adapter(load_model(tiny_config(), NF4()), LoRA(r=4))
+    assert bool(other(tiny_ids(other), use_cache=False).logits.isfinite().all())
+
+
+def test_an_architecture_that_liger_kernel_does_not_know_is_left_alone() -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("liger_kernel")
+    from qlora_fused.liger import use_liger
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 64}
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+    assert use_liger(model) == 0
+    assert not any("forward" in vars(module) for module in model.modules())
