@@ -201,6 +201,7 @@ def _quantize(
             config.path,
             dtype=skeleton.dtype,
             output_loading_info=True,
+            use_safetensors=True,  # the other format is pickle, which may execute anything when it is read
             **({"device_map": {"": device}} if device.type != "cpu" else {}),
             **_source(config),
             **arguments,
@@ -272,6 +273,12 @@ def _check_folder(path: str, *files: str) -> None:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in files):
             raise ModelError(f"model.path: {path!r} is no model: it has no {files[0]}; name one that save_pretrained wrote")
+        pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+        if pickled and not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"model.path: {path!r} holds its weights as pickle ({pickled[0]}), which can execute code when it is read; "
+                "if you trust it, load it with transformers and write it again with save_pretrained, which makes safetensors"
+            )
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ModelError(f"model.path: no folder {path!r}; name a model folder or a hub id such as owner/name")
 

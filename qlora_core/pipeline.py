@@ -20,11 +20,13 @@ from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
 from qlora_core.parts import Parts, described, mixed
 from qlora_core.preflight import check_evaluates, check_positions, check_space, check_vocabulary
-from qlora_core.provenance import plugin_of, provenance
+from qlora_core.provenance import describe_provider, plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
 from qlora_core.report import data_line, report_model
+from qlora_core.resume import check_made_of, check_same_run, checkpoint_to_resume
 from qlora_core.run import Run
 from qlora_core.saved import SavedRun
+from qlora_core.seal import fault
 
 if TYPE_CHECKING:
     import torch
@@ -128,42 +130,50 @@ def execute(
         raise ConfigError([Problem(("dataset",), "required; nothing to train on")])
     parts.check(config)
     run.check_folder(overwrite=overwrite, resume=bool(resume))
-    start = _checkpoint_to_resume(run, resume)
-    if start is not None and (run.folder / "config.yaml").is_file():
-        run.check_resumable()
+    start = checkpoint_to_resume(run, resume)
+    if start is not None:
+        check_same_run(run)
     wanted = _wanted(config, parts, run)
     prepared = prepare(config, parts, run.day() if start is not None else None)
+    commit = getattr(prepared.skeleton.config, "_commit_hash", None)
+    record = provenance(parts, config.model, data_fingerprint=prepared.encoded.fingerprint, commit=commit)
     if start is not None:
-        run.check_data(prepared.encoded.fingerprint)
+        check_made_of(run, record)
     logger.info("%s", data_line(prepared.encoded, config))
     check_evaluates(prepared.encoded, config, parts)
     model, kernels = _build(config, parts, prepared)
+    record["providers"]["kernels"] = describe_provider(kernels) if kernels is not None else None
     check_space(run, model, config.training)
 
     from accelerate import PartialState
 
     processes = PartialState()  # one process, or those of torchrun, of which the first one writes
     processes.wait_for_everyone()
-    if start is None and processes.is_main_process:
-        commit = getattr(prepared.skeleton.config, "_commit_hash", None)
-        fingerprint = prepared.encoded.fingerprint
-        record = provenance(parts, config.model, kernels=kernels, data_fingerprint=fingerprint, commit=commit)
+    with run.writing() if processes.is_main_process else contextlib.nullcontext():
+        if processes.is_main_process:
+            _begin(run, None if start is not None else record)
+        processes.wait_for_everyone()
+        callbacks = [*(_callback(factory, run) for factory in parts.callbacks), *plain_callbacks]
+        metrics = train(model, prepared.tokenizer, prepared.encoded, run, callbacks, wanted=wanted, resume_from=start)
+        if processes.is_main_process:
+            _end(run, parts, model, prepared.tokenizer)
+    return Finished(run, model, prepared.tokenizer, metrics)
+
+
+def _begin(run: Run, record: Mapping[str, Any] | None) -> None:
+    """Write what is known before the first step; *record* is the provenance of a new run."""
+    if record is not None:
         run.create()
-        run.write("config.yaml", config.to_yaml())
         run.write("provenance.json", json.dumps(record, indent=2) + "\n")
-    elif processes.is_main_process:
-        run.write("config.yaml", config.to_yaml())  # what may differ: how long, how often
-    processes.wait_for_everyone()
-    callbacks = [*(_callback(factory, run) for factory in parts.callbacks), *plain_callbacks]
-    tokenizer = prepared.tokenizer
-    metrics = train(model, tokenizer, prepared.encoded, run, callbacks, wanted=wanted, resume_from=start)
-    if processes.is_main_process:
-        with calling(parts.adapter, "save"):
-            run.write_adapter(lambda folder: _save(parts.adapter, model, tokenizer, folder))
-        logger.info("adapter saved in %s", run.adapter)
-        for exporter in parts.exporters:
-            export(SavedRun(run, parts.quantizer, parts.adapter), exporter)
-    return Finished(run, model, tokenizer, metrics)
+    run.write("config.yaml", run.config.to_yaml())  # of a resumed run, too: how long and how often may differ
+
+
+def _end(run: Run, parts: Parts, model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    with calling(parts.adapter, "save"):
+        run.write_adapter(lambda folder: _save(parts.adapter, model, tokenizer, folder))
+    logger.info("adapter saved in %s", run.adapter)
+    for exporter in parts.exporters:
+        export(SavedRun(run, parts.quantizer, parts.adapter), exporter)
 
 
 def export(saved: SavedRun, exporter: Exporter, folder: Path | None = None) -> Path:
@@ -238,10 +248,13 @@ def _build(config: RunConfig, parts: Parts, prepared: Prepared) -> tuple[torch.n
     """Load the base model, inject the adapter, apply kernels, and say what came of it."""
     import transformers
 
+    from qlora_core.training.shortage import explained
+
     transformers.set_seed(config.training.seed)
-    base = load_model(config.model, parts.quantizer, skeleton=prepared.skeleton, tokenizer=prepared.tokenizer)
-    linears, size = LinearWeights(base, parts.quantizer), Footprint.of(base, parts.quantizer)
-    model = inject_adapter(base, parts.adapter, new_token_ids=prepared.new_token_ids)
+    with explained(config, "loading the model"):
+        base = load_model(config.model, parts.quantizer, skeleton=prepared.skeleton, tokenizer=prepared.tokenizer)
+        linears, size = LinearWeights(base, parts.quantizer), Footprint.of(base, parts.quantizer)
+        model = inject_adapter(base, parts.adapter, new_token_ids=prepared.new_token_ids)
     kernels = apply_kernels(model, config, parts)
     report_model(size, linears.covered_by(model), parts)
     return model, kernels
@@ -269,9 +282,11 @@ def train(
     """
     import_libraries()
     from qlora_core.training.arguments import training_arguments
+    from qlora_core.training.callbacks import KeepBest
     from qlora_core.training.checkpoint import load_weights
+    from qlora_core.training.shortage import explained
     from qlora_core.training.signals import StopOnSignal
-    from qlora_core.training.trainer import KeepBest, QLoRATrainer
+    from qlora_core.training.trainer import QLoRATrainer
 
     settings = run.config.training
     arguments = training_arguments(
@@ -284,13 +299,21 @@ def train(
         load_weights(model, resume_from)  # refuses another adapter, before anything is dropped
         run.go_back(json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
         logger.info("resuming from %s", resume_from)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+    with stop.listening(), explained(run.config, "training", run.saved):
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+        except KeyboardInterrupt:
+            if not stop.received:
+                raise
+            raise Interrupted(f"stopped at once; {run.saved()}; continue with --resume", stop.received) from None
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # accelerate has wrapped forward for autocast
     if stop.received:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; continue with --resume", stop.received)
     if settings.keep == "best" and trainer.state.best_global_step:
-        load_weights(model, run.checkpoint(trainer.state.best_global_step))
+        best = run.checkpoint(trainer.state.best_global_step)
+        if (what := fault(best)) is not None:
+            raise RunError(f"{best}, the best by evaluation loss, is damaged: {what}; resume with training.keep: last")
+        load_weights(model, best)
         logger.info("kept the weights after step %d, the best by evaluation loss", trainer.state.best_global_step)
     metrics: dict[str, float] = {}
     for line in run.read_metrics():
@@ -301,19 +324,3 @@ def train(
 def _named(provider: Provider) -> dict[str, Any]:
     plugin, _, _ = plugin_of(type(provider))
     return described(provider, f"{plugin}:{provider.name}" if plugin else provider.name).model_dump(mode="json")
-
-
-def _checkpoint_to_resume(run: Run, resume: bool | str | Path) -> Path | None:
-    if not resume:
-        return None
-    if resume is True:
-        found = run.checkpoints()
-        if not found:
-            raise RunError(f"output: {run.folder} has no checkpoint to resume from; start anew with --overwrite")
-        return found[-1]
-    path = Path(resume)
-    path = path if path.is_dir() else run.folder / "checkpoints" / path.name
-    if not (path / "trainer_state.json").is_file():
-        known = ", ".join(checkpoint.name for checkpoint in run.checkpoints()) or "none"
-        raise RunError(f"{resume} is no checkpoint; {run.folder} has {known}")
-    return path

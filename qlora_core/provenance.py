@@ -39,9 +39,9 @@ SAMPLE, SAMPLES = 2**16, 256  # of a larger one, so many bytes at so many places
 
 
 def provenance(
-    parts: Parts, model: ModelConfig, *, kernels: Provider | None, data_fingerprint: str, commit: str | None
+    parts: Parts, model: ModelConfig, *, kernels: Provider | None = None, data_fingerprint: str, commit: str | None
 ) -> dict[str, Any]:
-    """Return the content of provenance.json, JSON-ready."""
+    """Return the content of provenance.json, JSON-ready; the kernels may become known only later."""
     providers: dict[str, Any] = {
         "quantizer": describe_provider(parts.quantizer),
         "adapter": describe_provider(parts.adapter),
@@ -67,7 +67,7 @@ def provenance(
             "system": platform.platform(),
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
-            "device": _device(),
+            **_device(),
         },
     }
 
@@ -133,10 +133,11 @@ def fingerprint_model(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _device() -> str:
+def _device() -> dict[str, Any]:
     import torch
 
-    from qlora_core.device import pick_device
+    from qlora_core.device import pick_device, supports_bf16
 
     device = pick_device()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {"device": name, "bf16": supports_bf16(device)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -17,8 +18,12 @@ from typing import Any
 
 from qlora_core.config import RunConfig
 from qlora_core.errors import RunError
+from qlora_core.lock import check_free, locked
+from qlora_core.seal import fault, flush, seal
 
 __all__ = ["Run"]
+
+logger = logging.getLogger("qlora_core")
 
 # The order of the keys in a line of metrics.jsonl; further ones follow.
 KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes")
@@ -76,6 +81,21 @@ class Run:
             raise RunError("--resume goes on with a run and --overwrite replaces it; leave one of them out")
         if resume and not self.holds_a_run(self.folder):
             raise RunError(f"output: {self.folder} holds no run to resume; leave out --resume")
+        check_free(self.folder)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make the folder and let no other process write to it while the block runs; raise RunError where one does."""
+        with contextlib.ExitStack() as stack:
+            with self.storing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder))
+                for partial in (*self.folder.glob(".*.partial"), *self.folder.glob("checkpoints/.*.partial")):
+                    if partial.is_dir():  # of a process that was killed while it wrote
+                        shutil.rmtree(partial)
+                    else:
+                        partial.unlink()
+            yield
 
     def create(self) -> None:
         """Make the folder, without what an earlier run left in it."""
@@ -124,36 +144,13 @@ class Run:
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a full disk may have cut the last one short
 
-    def check_resumable(self) -> None:
-        """Raise RunError where the configuration asks for another model or other data than the run began with."""
-        stored = RunConfig.read(self.folder / "config.yaml")
-        for section in ("model", "quantizer", "adapter", "tokens", "dataset", "data"):
-            before, now = (getattr(config, section) for config in (stored, self.config))
-            if section == "data":  # what becomes of rows that are wrong may change: a stream may have stopped at one
-                before = before.model_copy(update={"on_problem": now.on_problem})
-            if section == "model":  # the same bits, with and without
-                before = before.model_copy(update={"cache": now.cache})
-            if before != now:
-                raise RunError(
-                    f"{section}: the run in {self.folder} began with another {section}; resume it with its own config.yaml, "
-                    "or start anew in another folder"
-                )
-
-    def check_data(self, fingerprint: str) -> None:
-        """Raise RunError where the data are not those that the run began with, by their *fingerprint*."""
-        if self._record().get("data", {}).get("fingerprint", fingerprint) != fingerprint:
-            raise RunError(
-                f"dataset: the data are not those that the run in {self.folder} began with; bring those back to resume it, or "
-                "start anew in another folder"
-            )
-
     def day(self) -> date | None:
         """Return the day on which the run began, here; None where that is not recorded."""
-        started = self._record().get("started")
+        started = self.record().get("started")
         return datetime.fromisoformat(started).astimezone().date() if started else None
 
-    def _record(self) -> dict[str, Any]:
-        """Return what provenance.json holds."""
+    def record(self) -> dict[str, Any]:
+        """Return what provenance.json holds, nothing where it is missing."""
         path = self.folder / "provenance.json"
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return record
@@ -182,17 +179,35 @@ class Run:
         numbered = [(int(m[1]), path) for path in found if (m := re.fullmatch(r"step-(\d+)", path.name))]
         return [path for _, path in sorted(numbered)]
 
+    def saved(self) -> str:
+        """Return in words what there is to go on from."""
+        saved = self.checkpoints()
+        return f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
+
     @contextlib.contextmanager
     def writing_checkpoint(self, step: int) -> Iterator[Path]:
-        """Give a folder to write the checkpoint after *step* in; it counts only once the block has ended well."""
+        """Give a folder to write the checkpoint after *step* in; it counts only once the block has ended well.
+
+        By then it is sealed and flushed: see `seal`.
+        """
+        with self.storing():
+            (self.folder / "checkpoints").mkdir(exist_ok=True)  # not the folder above it, which may have been moved
         with self._whole(self.checkpoint(step)) as folder:
             yield folder
+            seal(folder)
+        flush(self.checkpoint(step).parent)
 
     def rotate_checkpoints(self, limit: int | None, *, keep: int | None) -> None:
-        """Delete the oldest checkpoints beyond *limit*; never the newest, nor the one after step *keep*."""
-        if limit is None:
-            return
+        """Delete the oldest checkpoints beyond *limit*; never the newest, nor the one after step *keep*.
+
+        Nothing is deleted where the newest is damaged: then an older one may be the last that is good.
+        """
         saved = self.checkpoints()
+        if limit is None or len(saved) <= limit:
+            return
+        if (what := fault(saved[-1])) is not None:
+            logger.warning("%s is damaged (%s); older checkpoints are kept", saved[-1], what)
+            return
         others = [path for path in saved[:-1] if keep is None or path != self.checkpoint(keep)]
         for path in others[: max(0, len(saved) - limit)]:
             shutil.rmtree(path)
@@ -205,6 +220,11 @@ class Run:
         try:
             yield
         except OSError as error:
+            if not self.folder.is_dir():
+                raise RunError(
+                    f"output: {self.folder} is gone, removed or moved while the run wrote to it; move it back and resume, "
+                    "or start anew"
+                ) from error
             if error.errno not in FULL | {errno.EACCES, errno.EPERM, errno.EROFS}:
                 raise
             raise RunError(self._storage_message(str(error.strerror or error).lower(), error.errno in FULL)) from error
@@ -215,10 +235,8 @@ class Run:
             raise RunError(self._storage_message(os.strerror(int(code[1])).lower(), True)) from error
 
     def _storage_message(self, what: str, full: bool) -> str:
-        saved = self.checkpoints()
-        last = f"the last checkpoint is {saved[-1]}" if saved else "nothing was saved yet"
         remedy = "free some space and resume with --resume" if full else "mend the permissions, or name another folder"
-        return f"output: {self.folder} can't be written: {what}; {last}; {remedy}"
+        return f"output: {self.folder} can't be written: {what}; {self.saved()}; {remedy}"
 
     @contextlib.contextmanager
     def _whole(self, target: Path) -> Iterator[Path]:

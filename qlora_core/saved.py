@@ -34,9 +34,14 @@ class SavedRun:
     """Where kernels are looked for; without it there are none."""
 
     @classmethod
-    def open(cls, folder: str | Path, registry: Registry) -> SavedRun:
+    def open(cls, folder: str | Path, registry: Registry, *, trust_remote_code: bool = False) -> SavedRun:
         """Return the run in *folder*; raise RunError where it is none, ConfigError where its plugins are not installed."""
         run = Run.open(folder)
+        if run.config.model.trust_remote_code and not trust_remote_code:
+            raise ModelError(
+                f"{run.folder}: its configuration asks to run Python code that comes with the model {run.config.model.path!r}; "
+                "if you trust that code, say so with --trust-remote-code"
+            )
         _, quantizer = build(registry, "quantizer", run.config.quantizer, "quantizer")
         _, adapter = build(registry, "adapter", run.config.adapter, "adapter")
         return cls(run, quantizer, adapter, registry)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +140,37 @@ def demo_folder() -> Path:
 def tiny_model(make_model: Callable[..., Path]) -> Path:
     """The folder of a random Llama with 2 layers and a vocabulary of 384 tokens."""
     return make_model("llama")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command gave: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def qlora() -> Callable[..., Result]:
+    """Return a function that runs `qlora` with the given arguments in this process."""
+    from qlora_core.cli.main import main
+
+    def run(*arguments: object) -> Result:
+        out, err, path = io.StringIO(), io.StringIO(), list(sys.path)
+        logger = logging.getLogger("qlora_core")
+        kept = list(logger.handlers), logger.level, logger.propagate
+        try:
+            with (
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                warnings.catch_warnings(),
+                pytest.raises(SystemExit) as exit_,
+            ):
+                main([str(argument) for argument in arguments])
+        finally:
+            sys.path[:] = path
+            logger.handlers[:], logger.level, logger.propagate = kept
+        return Result(int(exit_.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run

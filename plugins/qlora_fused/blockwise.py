@@ -17,7 +17,7 @@ __all__ = ["BLOCKWISE", "COMPILED", "attention"]
 
 BLOCKWISE, COMPILED = "blockwise", "blockwise_compiled"
 ROWS = 128  # of queries in a block; measured
-SAVED = 4 * 2**20  # bytes of the probabilities of a layer up to which they are saved, not made again
+SAVED = 2 * 2**20  # bytes of the probabilities of a layer up to which they are saved, not made again
 
 
 class Blockwise(torch.autograd.Function):

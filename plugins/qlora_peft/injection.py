@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -125,7 +126,14 @@ def save(model: Any, folder: Path) -> None:
 
 
 def load(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:
-    """Return *model* with the adapter in *folder*, frozen."""
+    """Return *model* with the adapter in *folder*, frozen; raise ModelError for one that could execute code when it is read."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder}: adapter_model.safetensors is missing; weights in another format, such as pickle, are not read"
+        )
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings.get("megatron_config") is not None:  # for it PEFT imports the module that `megatron_core` names
+        raise ModelError(f"{folder}: adapter_config.json sets megatron_config, for which code would be imported; remove it")
     return PeftModel.from_pretrained(model, str(folder))
 
 

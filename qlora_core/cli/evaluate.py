@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_core.cli.generate import open_run
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Trace, Verbose, say_on_stderr, stdout
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Set, Trace, Trust, Verbose, say_on_stderr, stdout
 from qlora_core.cli.train import source_of
 from qlora_core.config import ProviderConfig, RunConfig
 from qlora_core.errors import ConfigError, DataError
@@ -33,6 +33,7 @@ def evaluate(
     overrides: Set = None,
     modules: Modules = None,
     disable: Disable = None,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -49,7 +50,7 @@ def evaluate(
       qlora eval runs/chats --data held-out.jsonl --set data.truncate=true
     """
     say_on_stderr(quiet=quiet, verbose=verbose)
-    saved, registry = open_run(source, modules, disable)
+    saved, registry = open_run(source, modules, disable, trust=trust)
     changed = _changed(saved.run.config, data, overrides or ())
     try:
         chosen, rows_or_text = _as_trained(registry, changed, saved.run.config)

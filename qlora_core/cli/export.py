@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_core.cli.generate import open_run
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, say_on_stderr, stdout
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Trust, Verbose, say_on_stderr, stdout
 from qlora_core.errors import ConfigError, PluginError, Problem, RunError
 from qlora_core.parts import Parts, made
 from qlora_core.yaml_file import scalar
@@ -27,6 +27,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     modules: Modules = None,
     disable: Disable = None,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -45,7 +46,7 @@ def export(
         if not equals:
             raise ConfigError(f"--set {option}: write option=value")
         chosen[name.strip()] = scalar(text)
-    saved, registry = open_run(source, modules, disable)
+    saved, registry = open_run(source, modules, disable, trust=trust)
     try:
         exporter = made(registry.find("exporter", to), chosen)
     except PluginError as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Verbose, make_registry, say_on_stderr
+from qlora_core.cli.options import Disable, Json, Modules, Quiet, Trace, Trust, Verbose, make_registry, say_on_stderr
 from qlora_core.config import ModelConfig, ProviderConfig
 from qlora_core.errors import ConfigError
 from qlora_core.parts import build
@@ -31,6 +33,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     modules: Modules = None,
     disable: Disable = None,
+    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -47,7 +50,7 @@ def generate(
     if not prompt:
         raise ConfigError("the prompt is empty; write some text to go on from")
     say_on_stderr(quiet=quiet, verbose=verbose)
-    model, tokenizer = _load(source, quantizer, modules, disable)
+    model, tokenizer = _load(source, quantizer, modules, disable, trust=trust)
     import transformers
 
     from qlora_core.generation import generate as continue_text
@@ -72,19 +75,38 @@ def generate(
     sys.stdout.flush()
 
 
-def open_run(folder: str | Path, modules: list[str] | None, disable: list[str] | None) -> tuple[SavedRun, Registry]:
-    """Return the finished run in *folder*, and the plugins that its own configuration and the options name."""
-    config = Run.open(folder).config
-    registry = make_registry([*config.plugins, *(modules or [])], [*config.disable_plugins, *(disable or [])])
-    return SavedRun.open(folder, registry), registry
+def open_run(
+    folder: str | Path, modules: list[str] | None, disable: list[str] | None, *, trust: bool = False
+) -> tuple[SavedRun, Registry]:
+    """Return the finished run in *folder*, and the plugins that its own configuration and the options name.
+
+    A run may come from a stranger: nothing that lies in its folder is executed. Raises ConfigError for a plugin there.
+    """
+    run = Run.open(folder)
+    for module in run.config.plugins:
+        if module not in (modules or ()) and _lies_in(module, run.folder):
+            raise ConfigError(
+                f"{run.folder}: its configuration names the plugin {module!r}, which lies in the run's own folder; "
+                f"if you trust that code, name it yourself: -p {module}"
+            )
+    registry = make_registry([*run.config.plugins, *(modules or [])], [*run.config.disable_plugins, *(disable or [])])
+    return SavedRun.open(folder, registry, trust_remote_code=trust), registry
 
 
-def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None) -> tuple[Any, Any]:
+def _lies_in(module: str, folder: Path) -> bool:
+    """Return whether Python would import *module* from *folder*, where commands look in the working directory, too."""
+    top = module.partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(top, [*sys.path, os.getcwd()])
+    places = [found.origin, *(found.submodule_search_locations or [])] if found is not None else []
+    return any(Path(place).resolve().is_relative_to(folder.resolve()) for place in places if place)
+
+
+def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None, *, trust: bool) -> tuple[Any, Any]:
     if Run.holds_a_run(Path(source)):
-        saved, _ = open_run(source, modules, disable)
+        saved, _ = open_run(source, modules, disable, trust=trust)
         return saved.add_adapter(saved.load_base()), saved.load_tokenizer()
     from qlora_core.model import load_model, load_tokenizer
 
-    model = ModelConfig(path=source)
+    model = ModelConfig(path=source, trust_remote_code=trust)
     _, stored = build(make_registry(modules, disable), "quantizer", ProviderConfig(name=quantizer), "--quantizer")
     return load_model(model, stored), load_tokenizer(model)

@@ -74,6 +74,12 @@ Trace = Annotated[
 ]
 
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as the run's configuration asks."),
+]
+
+
 def make_registry(modules: Sequence[str] | None = None, disable: Sequence[str] | None = None) -> Registry:
     """Return the registry for a command: installed plugins, *modules*, less *disable* and QLORA_DISABLE_PLUGINS."""
     if os.getcwd() not in sys.path:

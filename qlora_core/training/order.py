@@ -32,6 +32,14 @@ class EpochOrder(torch.utils.data.Sampler[int]):
         self.seed = seed
         self.epoch = 0
 
+    @classmethod
+    def of(cls, blocks: Any, args: transformers.TrainingArguments) -> EpochOrder | None:
+        """Return the order of *blocks* for the Trainer's *args*; None for a stream, or where they ask for another."""
+        if not hasattr(blocks, "__len__") or args.train_sampling_strategy != "random":
+            return None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return cls(blocks, args.train_batch_size * args.world_size, seed)
+
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch, from 0, whose order the next iteration follows."""
         self.epoch = epoch

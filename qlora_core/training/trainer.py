@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,35 +20,19 @@ from qlora_core.data.collate import REAL_TOKENS, Collator
 from qlora_core.data.encode import Encoded
 from qlora_core.data.stream import StreamedBlocks
 from qlora_core.device import peak_memory_bytes
-from qlora_core.errors import DataError
+from qlora_core.errors import DataError, RunError
 from qlora_core.packed import prepare_packed
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
 from qlora_core.training.arguments import full_checkpointing
+from qlora_core.training.callbacks import LogLastStep
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss, score
+from qlora_core.training.nonfinite import Guard
 from qlora_core.training.order import EpochOrder, FollowEpochs
 from qlora_core.training.recompute import MODES, Mode, keep_all, settle
 
-__all__ = ["KeepBest", "LogLastStep", "QLoRATrainer"]
-
-
-class LogLastStep(transformers.TrainerCallback):
-    """Logs the last step too, whatever the interval, so that no loss goes unreported."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a log line at the end."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class KeepBest(transformers.TrainerCallback):
-    """Saves a checkpoint whenever the evaluation loss is the best so far."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Ask for a checkpoint; the Trainer notes the new best only after this call."""
-        if state.best_metric is None or metrics["eval_loss"] < state.best_metric:
-            control.should_save = True
+__all__ = ["QLoRATrainer"]
 
 
 class QLoRATrainer(transformers.Trainer):
@@ -73,7 +58,7 @@ class QLoRATrainer(transformers.Trainer):
             dtype = torch.float16 if args.fp16 else torch.bfloat16
             with torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16):
                 prepare_packed(model)
-        self._order = _order(encoded.train, args)
+        self._order = EpochOrder.of(encoded.train, args)
         self._generators: dict[str, Any] | None = None  # to be restored after the next batch
         self._stream_from = 0  # the step at which this process began to read a stream
         with _not_called_quantized(model):
@@ -100,6 +85,7 @@ class QLoRATrainer(transformers.Trainer):
         self._logged_at = time.perf_counter()
         self._paused = 0.0
         self._head: Head | None = None
+        self._guard = Guard(self)
 
     # What is trained on
 
@@ -131,6 +117,18 @@ class QLoRATrainer(transformers.Trainer):
 
             self.compute_loss_func = loss
             return super().compute_loss(model, {**taken, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Return the loss of a batch, whose gradients are added up."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._guard.note(inputs, loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradient; raise RunError where it, or a loss of the step, is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._guard.check(float(norm))
+        return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, with those activations kept that `training.gradient_checkpointing` says."""
@@ -207,6 +205,11 @@ class QLoRATrainer(transformers.Trainer):
                 gather=self.accelerator.gather_for_metrics,
                 after_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
                 head=self._head_of(model),
+            )
+        if not math.isfinite(result.loss):
+            raise RunError(
+                f"evaluation: the loss after step {self.state.global_step} is {result.loss}; {self.run.saved()}; "
+                "start again with a lower training.learning_rate, or with training.mixed_precision: none"
             )
         metrics = {f"{prefix}_loss": result.loss, "perplexity": result.perplexity, f"{prefix}_tokens": result.tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
@@ -306,13 +309,6 @@ class QLoRATrainer(transformers.Trainer):
 def _most_frugal(mode: Mode) -> Mode:
     """Return what the process with the least memory has chosen."""
     return max(gather_object([mode]), key=MODES.index)
-
-
-def _order(blocks: Any, args: transformers.TrainingArguments) -> EpochOrder | None:
-    if not hasattr(blocks, "__len__") or args.train_sampling_strategy != "random":
-        return None
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return EpochOrder(blocks, args.train_batch_size * args.world_size, seed)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,9 @@ def created(run: Run) -> Run:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+    """Return what is in *folder*, the seals of checkpoints aside."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != "manifest.json"]
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
 def save_checkpoint(run: Run, step: int) -> Path:

@@ -87,7 +87,7 @@ def test_nothing_to_resume_from_is_said(run: Callable[..., Finished], tmp_path: 
     with pytest.raises(RunError, match=r"step-9 is no checkpoint; .* has step-2, step-3"):
         run(resume="step-9")
     before = finished.run.metrics.read_bytes()
-    with pytest.raises(RunError, match=r"adapter: the run in .* began with another adapter; resume it with its own"):
+    with pytest.raises(RunError, match=r"began with another configuration:\n  adapter.r: was 4, is 8\nresume it with its own"):
         run(resume=True, adapter=LoRA(r=8))
     with pytest.raises(RunError, match=r"leave one of them out"):
         run(resume=True, overwrite=True)
@@ -186,9 +186,9 @@ def test_a_run_whose_template_writes_the_date_is_resumed_on_another_day(
             resume=resume,
         )
 
-    began = go(2, False).run._record()["data"]["fingerprint"]
+    began = go(2, False).run.record()["data"]["fingerprint"]
     monkeypatch.setattr(chat_template_utils, "datetime", Later)
     monkeypatch.setattr(encode, "date", LaterDay)
     resumed = go(4, True)
     assert resumed.metrics["step"] == 4
-    assert resumed.run._record()["data"]["fingerprint"] == began
+    assert resumed.run.record()["data"]["fingerprint"] == began
