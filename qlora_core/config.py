@@ -7,6 +7,8 @@ library are checked last (`Parts.check_libraries`), still before a model is load
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +57,9 @@ class ModelConfig(Section):
     @classmethod
     def _absolute_folder(cls, value: str) -> str:
         folder = os.path.abspath(os.path.expanduser(value))
+        _check_path(folder)
+        if not os.path.isdir(folder) and value.startswith("~") and os.path.expanduser(value) == value:
+            raise ValueError(f"there is no home folder {value.partition('/')[0]!r}; name a model folder or a hub id")
         return folder if os.path.isdir(folder) else value
 
 
@@ -75,7 +80,11 @@ class SourceConfig(ProviderConfig):
     """A dataset in a list of several, with its weight."""
 
     weight: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="times that each sample is seen in an epoch; 0.5 takes half of them"
+        1.0,
+        gt=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="times that each sample is seen in an epoch; 0.5 takes half of them",
     )
 
 
@@ -206,6 +215,16 @@ class TrainingConfig(Section):
         default_factory=dict, description="anything else that transformers.TrainingArguments knows, by its own name"
     )
 
+    @field_validator("extra")
+    @classmethod
+    def _moments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """The library refuses these only when it makes the optimizer, with the weights loaded."""
+        for name, end in (("adam_beta1", 1.0), ("adam_beta2", 1.0), ("adam_epsilon", math.inf)):
+            given = value.get(name)
+            if isinstance(given, int | float) and not 0 <= given < end:
+                raise ValueError(f"{name} must be at least 0 and less than {end:g} (got {given})")
+        return value
+
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _checkpointing_in_words(cls, value: Any) -> Any:
@@ -262,7 +281,9 @@ class RunConfig(Section):
     @field_validator("output")
     @classmethod
     def _absolute_output(cls, value: str) -> str:
-        return os.path.abspath(os.path.expanduser(value))
+        folder = os.path.abspath(os.path.expanduser(value))
+        _check_path(folder)
+        return folder
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -286,11 +307,25 @@ class RunConfig(Section):
         return yaml_file.dump(self.model_dump(mode="json"))
 
 
+def _check_path(path: str) -> None:
+    """Raise ValueError for what no system takes as a path: one that is too long, or has a NUL in it."""
+    try:
+        os.stat(path)
+    except ValueError as error:
+        raise ValueError(f"{path!r:.80} can be no path ({error}); name another one") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{path!r:.80}... can be no path (it is too long); name another one") from None
+        if error.errno == errno.EACCES:
+            raise ValueError(f"{path!r} is in a folder that is not yours to read; name another one") from None
+
+
 def _override(data: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    path = key.strip().split(".")
+    if not equals or not all(path):
         raise ConfigError(f"--set {override}: write key=value, such as training.learning_rate=1e-4")
-    return dict(_put(data, key.strip().split("."), yaml_file.scalar(text), override))
+    return dict(_put(data, path, yaml_file.scalar(text), override))
 
 
 def _put(data: Any, path: list[str], value: Any, override: str, where: tuple[str, ...] = ()) -> Any:

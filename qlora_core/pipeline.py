@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.calls import answered, calling, watched
 from qlora_core.config import DataConfig, ModelConfig, RunConfig, TokensConfig, TrainingConfig
-from qlora_core.errors import ConfigError, Problem, RunError
+from qlora_core.errors import ConfigError, Problem, QLoRAError, RunError
 from qlora_core.footprint import Footprint, LinearWeights
 from qlora_core.kernels import apply_kernels
 from qlora_core.libraries import import_libraries
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import transformers
 
     from qlora_core.data.encode import Encoded
+    from qlora_core.training.trainer import QLoRATrainer
 
 __all__ = ["Finished", "Interrupted", "Prepared", "execute", "export", "finetune", "prepare", "train"]
 
@@ -294,14 +295,16 @@ def train(
     )
     stop = StopOnSignal()
     own = [KeepBest(), stop] if settings.keep == "best" else [stop]
-    trainer = QLoRATrainer(model, tokenizer, encoded, arguments, run, [*callbacks, *own])
+    with _refusing(settings):
+        trainer = QLoRATrainer(model, tokenizer, encoded, arguments, run, [*callbacks, *own])
     if resume_from is not None and trainer.is_world_process_zero():
         load_weights(model, resume_from)  # refuses another adapter, before anything is dropped
         run.go_back(json.loads((resume_from / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
         logger.info("resuming from %s", resume_from)
     with stop.listening(), explained(run.config, "training", run.saved):
         try:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
+            with _refusing(settings, trainer):
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
         except KeyboardInterrupt:
             if not stop.received:
                 raise
@@ -319,6 +322,18 @@ def train(
     for line in run.read_metrics():
         metrics |= line
     return metrics
+
+
+@contextlib.contextmanager
+def _refusing(settings: TrainingConfig, trainer: QLoRATrainer | None = None) -> Iterator[None]:
+    """Blame `training.extra`, where it is used, for what libraries refuse before the first step of *trainer*."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        began = trainer is not None and trainer.state.global_step > 0
+        if isinstance(error, QLoRAError) or began or not settings.extra:
+            raise
+        raise ConfigError([Problem(("training", "extra"), f"the libraries refuse these arguments: {error}")]) from error
 
 
 def _named(provider: Provider) -> dict[str, Any]:

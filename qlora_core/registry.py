@@ -294,4 +294,6 @@ def _distribution(entry: EntryPoint) -> tuple[str, str]:
 def _load(entry: EntryPoint) -> Any:
     if entry.value.endswith(".py") or "/" in entry.value:
         raise PluginError(f"{entry.value!r} is a file; name the module, my_plugin for my_plugin.py, from the folder it lies in")
+    if EntryPoint.pattern.match(entry.value) is None or entry.value.startswith("."):
+        raise PluginError(f"{entry.value!r} is no name of a module; write it as in an import, my_package.my_plugin")
     return entry.load()

@@ -67,7 +67,7 @@ class Run:
 
     def check_folder(self, *, overwrite: bool, resume: bool) -> None:
         """Raise RunError unless the folder can be written to as asked. Touches nothing."""
-        parent = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        parent = next(p for p in (self.folder, *self.folder.parents) if os.path.exists(p))
         if not parent.is_dir():
             raise RunError(f"output: {parent} is a file; name a folder")
         if not os.access(parent, os.W_OK | os.X_OK):

@@ -47,7 +47,10 @@ def validate(model: type[M], data: Any, *, owner: str = "") -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(model, item, owner) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        # a list is called too short, too, where something in it is wrong
+        places = {item["loc"][:end] for item in items for end in range(len(item["loc"]))}
+        problems = [_problem(model, i, owner) for i in items if i["type"] != "too_short" or i["loc"] not in places]
     raise ConfigError(problems) from None
 
 

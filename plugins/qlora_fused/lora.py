@@ -139,7 +139,8 @@ def fusible(layer: torch.nn.Module) -> bool:
     base: Any = layer.get_base_layer()
     if isinstance(base, Linear4bit):
         return base.weight.quant_state is not None and not _trained(base)
-    return type(base) is torch.nn.Linear and not _trained(base)
+    # a packed weight may be a tensor of a class of its own in an ordinary layer, as torchao's is
+    return type(base) is torch.nn.Linear and type(base.weight.data) is Tensor and not _trained(base)
 
 
 def _trained(module: torch.nn.Module) -> bool:

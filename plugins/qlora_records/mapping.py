@@ -96,18 +96,9 @@ class Mapper:
     def _tokens(self, found: Parts, origin: str) -> dict[str, Any]:
         columns = {name: _numbers(value, f"{origin}: {name}") for name, (_, value) in found.items() if value is not None}
         mask = columns.pop("attention_mask", None)
-        if mask is None:
-            return columns
-        for name, values in columns.items():
-            if len(values) != len(mask):
-                raise DataError(f"{origin}: attention_mask has {len(mask)} entries, {name} has {len(values)}; mend the row")
-        start, count = mask.index(1) if 1 in mask else 0, mask.count(1)
-        if count + mask.count(0) != len(mask) or 0 in mask[start : start + count]:
-            raise DataError(
-                f"{origin}: attention_mask must be 1 for tokens that belong together and 0 for padding around them; "
-                "mend the row or leave it out"
-            )
-        return {name: values[start : start + count] for name, values in columns.items()}
+        if mask is not None:
+            columns = _unpadded(columns, mask, origin)
+        return {name: columns.get(name) for name in self.form.columns}  # the gate says what null is: no tokens
 
     def _as_text(self, found: Parts, name: str, origin: str) -> str:
         """Return the part *name* as text; empty where it is optional and not there."""
@@ -119,6 +110,20 @@ class Mapper:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return str(value)
         raise DataError(f"{origin}: {path} is {kind_of(value)}, and the {name} must be text; mend the row or leave it out")
+
+
+def _unpadded(columns: dict[str, list[int]], mask: list[int], origin: str) -> dict[str, list[int]]:
+    """Return *columns* without the padding that *mask* tells of."""
+    for name, values in columns.items():
+        if len(values) != len(mask):
+            raise DataError(f"{origin}: attention_mask has {len(mask)} entries, {name} has {len(values)}; mend the row")
+    start, count = mask.index(1) if 1 in mask else 0, mask.count(1)
+    if count + mask.count(0) != len(mask) or 0 in mask[start : start + count]:
+        raise DataError(
+            f"{origin}: attention_mask must be 1 for tokens that belong together and 0 for padding around them; "
+            "mend the row or leave it out"
+        )
+    return {name: values[start : start + count] for name, values in columns.items()}
 
 
 def _numbers(value: Any, where: str) -> list[int]:

@@ -61,8 +61,9 @@ def stream_documents(
                     row = {"text": text, "continues": here.continues, "origin": f"{file}:{here.line}"}
                     yield row, [index, *after]
         except UnicodeError as error:
+            line, byte = _undecodable(file, _codec(encoding))
             raise DataError(
-                f"{file}: not {encoding}: {getattr(error, 'reason', error)} at byte {_offset(file, _codec(encoding))}; "
+                f"{file}: not {encoding}: {getattr(error, 'reason', error)} in line {line}, at byte {byte}; "
                 "set dataset.encoding to the file's own, latin-1 for example"
             ) from error
 
@@ -141,15 +142,20 @@ def _codec(encoding: str) -> str:
     return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
 
 
-def _offset(file: Path, codec: str) -> int:
-    """Return the position in bytes of the first one that does not decode; the error itself counts from its buffer."""
-    decoder, read = codecs.getincrementaldecoder(codec)(), 0
+def _undecodable(file: Path, codec: str) -> tuple[int, int]:
+    """Return line and byte of the first byte that does not decode; the error itself counts from its buffer."""
+    decoder, read, lines = codecs.getincrementaldecoder(codec)(), 0, 1
     with opened(file) as stream:
-        while chunk := stream.read(PIECE):
+        while True:
+            chunk = stream.read(PIECE)
             pending = len(decoder.getstate()[0])
             try:
-                decoder.decode(chunk)
+                lines += decoder.decode(chunk, final=not chunk).count("\n")
             except UnicodeError as error:
-                return read - pending + getattr(error, "start", 0)
+                given = decoder.getstate()[0] + chunk  # of which a byte-order mark is not in the error
+                mark = len(given) - len(getattr(error, "object", given))
+                good = mark + getattr(error, "start", 0)
+                return lines + given[:good].count(b"\n"), read - pending + good
+            if not chunk:
+                return lines, read
             read += len(chunk)
-    return read

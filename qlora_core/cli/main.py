@@ -15,7 +15,7 @@ import typer
 
 from qlora_core import __version__
 from qlora_core.calls import ProviderFailed
-from qlora_core.cli import config, data, demo, doctor, evaluate, export, generate, plugins, quantize, train
+from qlora_core.cli import config, data, demo, doctor, evaluate, export, generate, plugins, quantize, train, verify
 from qlora_core.errors import QLoRAError
 
 __all__ = ["app", "main"]
@@ -35,6 +35,7 @@ app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.add_typer(plugins.app)
@@ -117,7 +118,7 @@ def _split_resume(arguments: list[str]) -> list[str]:
     split: list[str] = []
     for index, argument in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else "-"
-        is_configuration = following.endswith((".yaml", ".yml")) or Path(following).is_file()
+        is_configuration = following.endswith((".yaml", ".yml")) or os.path.isfile(following)
         if argument.startswith("--resume="):
             split += ["--resume-from", argument.removeprefix("--resume=")]
         elif argument == "--resume" and not following.startswith("-") and not is_configuration:
@@ -130,7 +131,7 @@ def _split_resume(arguments: list[str]) -> list[str]:
 def _keep_traceback(arguments: Sequence[str], folder: Path | None) -> Path:
     """Write the traceback into the run's *folder* if it exists, else into a temporary file, and return the path."""
     text = f"qlora {' '.join(arguments)}\n\n{traceback.format_exc()}"
-    if folder is not None and folder.is_dir() and os.access(folder, os.W_OK):
+    if folder is not None and os.path.isdir(folder) and os.access(folder, os.W_OK):
         path = folder / "crash.txt"
     else:
         handle, name = tempfile.mkstemp(prefix="qlora-crash-", suffix=".txt")

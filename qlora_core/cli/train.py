@@ -34,6 +34,7 @@ from qlora_core.parts import Parts, resolve
 
 if TYPE_CHECKING:
     from qlora_core.pipeline import Finished
+    from qlora_core.stages import Stage
 
 __all__ = ["RunCrashed", "read_config", "run", "source_of", "train"]
 
@@ -51,6 +52,10 @@ def train(
     ] = False,
     resume_from: Annotated[str | None, typer.Option(hidden=True)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Go through every stage with a tiny model and the first rows; leaves nothing behind."),
+    ] = False,
     modules: Modules = None,
     disable: Disable = None,
     as_json: Json = False,
@@ -69,16 +74,45 @@ def train(
       qlora train --model HuggingFaceTB/SmolLM2-135M-Instruct --data corpus.txt --output runs/corpus
 
       qlora train qlora.yaml --resume
+
+      qlora train qlora.yaml --dry-run
     """
     resolved, parts = read_config(config, overrides, modules, disable, model=model, data=data, output=output)
     quiet = quiet or os.environ.get("RANK", "0") != "0"  # of torchrun's processes only the first one speaks
     say_on_stderr(quiet=quiet, verbose=verbose)
+    if dry_run:
+        _rehearse(resolved, parts, as_json, overwrite=overwrite, resume=resume_from or resume, quiet=quiet)
+        return
     finished = run(resolved, parts, overwrite=overwrite, resume=resume_from or resume, quiet=quiet)
     if as_json:
         print(json.dumps({"run": str(finished.run.folder), "metrics": finished.metrics}))
     elif not quiet:
         folder = finished.run.folder
         stdout().print(f'Done: {folder}\nTry it with: qlora generate {folder} "..."', markup=False)
+
+
+def _rehearse(resolved: RunConfig, parts: Parts, as_json: bool, *, quiet: bool, **options: Any) -> None:
+    """Say what each stage of a dry run took; what a defect leaves goes to a temporary file, not to the run's folder."""
+    from rich.console import Console
+
+    from qlora_core.rehearsal import rehearse
+
+    console = Console(stderr=True, highlight=False)
+
+    def tell(stage: Stage) -> None:
+        if stage.failed or not quiet:
+            took = f"failed after {stage.seconds:.1f} s" if stage.failed else f"{stage.seconds:5.1f} s"
+            console.print(f"{stage.name:<20}{took}", markup=False)
+
+    stages = rehearse(resolved, parts, quiet=quiet, tell=tell, **options)
+    seconds = sum(stage.seconds for stage in stages)
+    if as_json:
+        listed = [{"stage": stage.name, "seconds": round(stage.seconds, 3)} for stage in stages]
+        print(json.dumps({"stages": listed, "seconds": round(seconds, 3)}))
+    elif not quiet:
+        stdout().print(
+            f"Passed: {len(stages)} stages in {seconds:.1f} s, and nothing was written to {resolved.output}", markup=False
+        )
 
 
 class RunCrashed(Exception):

@@ -86,14 +86,14 @@ def files_in(option: str, paths: str | Sequence[str], suffixes: Sequence[str], i
     found: dict[Path, None] = {}
     for item in [paths] if isinstance(paths, str) else paths:
         path = Path(item)
-        if path.is_dir():
+        if os.path.isdir(item):  # os.path takes what can be no path, of 5,000 characters, for none that exists
             files = [file for file in _inside(path) if plain_suffix(file) in suffixes and file.name not in ignored]
             kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
             problem = f"the folder {item!r} holds no {kinds} file; name the files, or a glob"
-        elif path.is_file():
+        elif os.path.isfile(item):
             files, problem = [path], ""
         else:
-            files = sorted(Path(p) for p in glob.glob(item, recursive=True) if Path(p).is_file())
+            files = sorted(Path(p) for p in glob.glob(item, recursive=True) if os.path.isfile(p))
             problem = f"no file {item!r}; paths are relative to the working directory {os.getcwd()}"
         if not files:
             raise ConfigError([Problem((option,), problem)])

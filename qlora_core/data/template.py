@@ -6,6 +6,7 @@ prompt that the template writes for it at inference: both are rendered, and an a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.data.chat import Turn, called, visible_end
 from qlora_core.data.findings import BadRow
+from qlora_core.data.patience import Patience, TooLong
 from qlora_core.data.specials import special_tokens
 from qlora_core.errors import ConfigError, Problem
 from qlora_core.validation import did_you_mean
@@ -42,7 +44,7 @@ CONTROL_TOKENS = {
 NAMES = tuple(CONTROL_TOKENS)
 OPTIONAL_BOS = "{{- bos_token }}{#- left out where the tokenizer puts none before a text #}\n"
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
+SECONDS = 5.0  # that a template may take for a chat; a thousandth of it is usual
 
 OTHERWISE = "writes the turn otherwise when later turns follow; its end is not clear; data.train_on=last_turn may do"
 
@@ -101,6 +103,10 @@ class ChatTemplate:
         """Whether the template marks what the assistant says with `{% generation %}`."""
         return MARK.search(self.source + (self.tool_source or "")) is not None
 
+    @cached_property
+    def _patience(self) -> Patience:
+        return Patience(SECONDS)
+
     def render(self, messages: Sequence[Turn], tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """Return the text of a chat, as `apply_chat_template(tokenize=False)` does, or raise BadRow."""
         return self._render([messages], tools, add_generation_prompt)[0][0]
@@ -145,16 +151,20 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, found = render_jinja_template(
-                chats,
-                tools=tools,
-                chat_template=self._source(tools),
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=prompt,
-                **self.special,
-            )
+            with self._patience.watching():
+                texts, found = render_jinja_template(
+                    chats,
+                    tools=tools,
+                    chat_template=self._source(tools),
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=prompt,
+                    **self.special,
+                )
         except ImportError:  # jinja2 itself
             raise
+        except TooLong as error:  # it would be so for every row
+            what = f"{self.name}: more than {SECONDS:g} s for one chat; does it come to an end?"
+            raise ConfigError([Problem(("data", "template"), what)]) from error
         except Exception as error:  # a template is a program: any exception can come out of it
             raise BadRow("template", f"{self.name}: {error or type(error).__name__}") from error
         return texts, found
@@ -263,8 +273,8 @@ def _named(name: str, tokenizer: transformers.PreTrainedTokenizerBase, special: 
 
 
 def _read(wanted: str) -> str:
-    path = Path(wanted).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(wanted))  # that of pathlib raises for a user who is not there
+    if not os.path.isfile(path):
         if path.suffix in (".jinja", ".jinja2", ".j2") or "/" in wanted or "\\" in wanted:
             raise ConfigError([Problem(("data", "template"), f"{wanted}: no such file; {_choices()}")])
         hint = did_you_mean(wanted, (*NAMES, "none"))

@@ -162,3 +162,18 @@ def test_a_reader_that_goes_away_is_no_error(arguments: str) -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_very_long_value_after_resume_is_no_traceback(qlora: Callable[..., Any]) -> None:
+    result = qlora("train", "--resume", "x" * 5000)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def test_an_argument_that_the_trainer_refuses_late_is_named(
+    qlora: Callable[..., Any], write_config: Callable[..., Path]
+) -> None:
+    path = write_config(training={"max_steps": 1, "extra": {"use_liger_kernel": True}})
+    result = qlora("train", path, "--quiet")
+    assert result.code == 2, result.err
+    assert "training.extra: the libraries refuse these arguments" in result.err

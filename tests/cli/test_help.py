@@ -23,6 +23,8 @@ COMMANDS = [
     ["generate"],
     ["eval"],
     ["data"],
+    ["export"],
+    ["verify"],
     ["quantize"],
     ["demo"],
     ["doctor"],

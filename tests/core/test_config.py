@@ -193,16 +193,32 @@ def test_an_option_beside_kernels_auto_is_refused(registry: Registry) -> None:
         ({"training": {"batch_size": 0}}, "training.batch_size: must be at least 1 (got 0)"),
         ({"training": {"seed": -1}}, "training.seed: must be at least 0 (got -1)"),
         ({"training": {"extra": []}}, "training.extra: must be a mapping of options (got [])"),
+        ({"training": {"extra": {"adam_beta1": 1}}}, "training.extra: adam_beta1 must be at least 0 and less than 1 (got 1)"),
+        ({"training": {"extra": {"adam_beta2": -0.1}}}, "training.extra: adam_beta2 must be at least 0 and less than 1"),
+        ({"training": {"extra": {"adam_epsilon": -1}}}, "training.extra: adam_epsilon must be at least 0 and less than inf"),
         ({"training": {"keep": "all"}}, "training.keep: must be 'last' or 'best' (got 'all')"),
         ({"tokens": {"add": "<new>"}}, "tokens.add: must be a list (got '<new>')"),
         ({"tokens": {"add": ["<a>", "<a>"]}}, "tokens.add: the same token stands twice"),
         ({"tokens": {"add": ["<a>", " "]}}, "tokens.add: a token can't be empty or only spaces"),
         ({"output": None}, "output: must be text (got None)"),
+        ({"output": "/a\0b"}, "output: '/a\\x00b' can be no path (embedded null byte); name another one"),
+        ({"output": "/" + "a" * 300}, f"output: '/{'a' * 78}... can be no path (it is too long); name another one"),
+        ({"model": "/a\0b"}, "model.path: '/a\\x00b' can be no path (embedded null byte); name another one"),
+        ({"model": "/" + "a" * 300}, f"model.path: '/{'a' * 78}... can be no path (it is too long); name another one"),
+        ({"model": "~no-such-user/x"}, "model.path: there is no home folder '~no-such-user'; name a model folder or a hub id"),
+        ({"dataset": [{"name": "text", "weight": 1e9}]}, "dataset[0].weight: must be at most 1000.0 (got 1000000000.0)"),
     ],
 )
 def test_a_wrong_value_names_its_key_what_is_wanted_and_what_was_given(sections: dict[str, Any], message: str) -> None:
     (line,) = refusal(**sections)
     assert line.startswith(message)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read anything")
+def test_an_output_in_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    (line,) = refusal(output=str(tmp_path / "locked" / "out"))
+    assert line.endswith("is in a folder that is not yours to read; name another one")
 
 
 @pytest.mark.parametrize("key", ["epochs", "learning_rate", "warmup", "weight_decay"])
@@ -366,6 +382,9 @@ def test_a_later_override_wins_and_the_given_data_stays_as_it_was() -> None:
         ("training.learning_rate", "--set training.learning_rate: write key=value, such as training.learning_rate=1e-4"),
         ("=3", "--set =3: write key=value, such as training.learning_rate=1e-4"),
         ("", "--set : write key=value, such as training.learning_rate=1e-4"),
+        (".=3", "--set .=3: write key=value, such as training.learning_rate=1e-4"),
+        ("training.=3", "--set training.=3: write key=value, such as training.learning_rate=1e-4"),
+        ("training..seed=3", "--set training..seed=3: write key=value, such as training.learning_rate=1e-4"),
         ("training.lerning_rate=1", "training.lerning_rate: unknown option; training accepts epochs,"),
         ("trainin.seed=1", "trainin: unknown option; the configuration accepts model,"),
         ("callbacks.2.x=1", "--set callbacks.2.x=1: callbacks is a list of 1; write its index, from 0"),

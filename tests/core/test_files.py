@@ -151,3 +151,10 @@ def test_the_module_imports_nothing_heavy() -> None:
         "import sys, qlora_core.data.files; print([n for n in ('torch', 'datasets', 'pyarrow', 'numpy') if n in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("path", ["a" * 5_000, "a\x00b", "~no-such-user/x.txt", "[", "/proc/self/mem/x"])
+def test_what_no_file_can_be_called_is_no_file(path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        files_in("path", path, (".txt",))
+    assert str(caught.value).startswith(f"path: no file {path!r}; paths are relative to the working directory ")

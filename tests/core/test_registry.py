@@ -441,3 +441,10 @@ def test_a_file_in_place_of_a_module_is_said_to_be_one(name: str) -> None:
     assert plugin(Registry(modules=[name]), name).failure == (
         f"{name!r} is a file; name the module, my_plugin for my_plugin.py, from the folder it lies in"
     )
+
+
+@pytest.mark.parametrize("name", ["", "a b", "..", ".plugin", "a-b", "\x00"])
+def test_what_can_be_no_module_says_so(name: str) -> None:
+    assert plugin(Registry(modules=[name]), name).failure == (
+        f"{name!r} is no name of a module; write it as in an import, my_package.my_plugin"
+    )

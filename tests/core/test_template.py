@@ -80,6 +80,27 @@ def test_a_file_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ChatTemplate.choose(make("{% if %}"), None)
 
 
+def test_a_file_in_the_home_of_nobody_is_no_file() -> None:
+    with pytest.raises(ConfigError, match=r"data\.template: ~no-such-user/x\.jinja: no such file; write one of chatml"):
+        ChatTemplate.choose(make(), "~no-such-user/x.jinja")
+
+
+def test_a_name_too_long_for_a_file_is_no_template() -> None:
+    with pytest.raises(ConfigError, match=r"data\.template: no template 'aaaa"):
+        ChatTemplate.choose(make(), "a" * 5_000)
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_does_not_end_stops_the_run_whatever_becomes_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_core.data.template.SECONDS", 0.2)
+    template = ChatTemplate("loops.jinja", LOOPS)
+    with pytest.raises(ConfigError) as caught:
+        template.turns([USER, ASSISTANT], None, "assistant")
+    assert str(caught.value) == "data.template: loops.jinja: more than 0.2 s for one chat; does it come to an end?"
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError) as caught:
         ChatTemplate.choose(make(), "chatlm")

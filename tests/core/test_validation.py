@@ -124,3 +124,15 @@ def test_a_key_that_is_no_text_is_an_unknown_option_not_a_crash() -> None:
 )
 def test_did_you_mean_offers_only_what_is_close_whatever_the_case(word: str, guess: str) -> None:
     assert did_you_mean(word, ["learning_rate", "warmup"]) == guess
+
+
+def test_a_list_with_a_wrong_item_is_not_called_too_short_as_well() -> None:
+    class Lists(BaseModel):
+        many: tuple[Inner, ...] = Field(min_length=1)
+
+    with pytest.raises(ConfigError) as caught:
+        validate(Lists, {"many": [{"depth": 0}]})
+    assert str(caught.value) == "many[0].depth: must be at least 1 (got 0); how deep"
+    with pytest.raises(ConfigError) as caught:
+        validate(Lists, {"many": []})
+    assert str(caught.value).startswith("many: must have at least 1 item (got [])")

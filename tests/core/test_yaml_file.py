@@ -129,9 +129,30 @@ def test_odd_yaml_is_refused_by_name_and_never_crashes(text: str) -> None:
     assert "not valid YAML: " in refusal(text)
 
 
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("!!int x", "3:6: not valid YAML: 'x' is no valid int (invalid literal for int() with base 10: 'x')"),
+        ("!!bool x", "3:6: not valid YAML: 'x' is no valid bool ('x')"),
+        ("2020-13-45", "3:6: not valid YAML: '2020-13-45' is no valid timestamp (month must be in 1..12)"),
+        ("\x00", "3: not valid YAML: the character U+0000 can't stand in it"),
+        ("[" * 1500, "3: not valid YAML: too many brackets within each other"),
+        ("[" * 101 + "]" * 101, "3:105: not valid YAML: more than 100 sections and lists within each other"),
+    ],
+)
+def test_odd_yaml_is_refused_with_its_line(value: str, what: str) -> None:
+    assert refusal(f"a: 1\nb:\n  c: {value}\n") == f"run.yaml:{what}"
+
+
+def test_a_file_name_that_no_system_takes_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        yaml_file.read(Path("a\x00"))
+    assert str(caught.value) == "a\x00: embedded null byte; name an existing YAML file"
+
+
 @pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("word", "str"), ("3", "int"), ("!!set {a}", "set")])
 def test_a_document_that_is_no_mapping_says_what_it_is(text: str, kind: str) -> None:
-    assert refusal(text) == f"run.yaml: must be a mapping of sections such as 'model:' (got {kind})"
+    assert refusal(f"# one\n{text}") == f"run.yaml:2: must be a mapping of sections such as 'model:' (got {kind})"
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
@@ -147,10 +168,13 @@ def test_anchors_and_merge_keys_are_followed() -> None:
 
 def test_aliases_of_aliases_take_no_longer_than_the_file_is_long() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 7)]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    assert len(yaml_file.parse("\n".join(lines[:3]), "run.yaml")[0]["a2"]) == 10
     started = time.perf_counter()
-    data, _ = yaml_file.parse("\n".join(lines), "run.yaml")
-    assert len(data["a6"]) == 10
+    assert refusal("\n".join(lines)) == (
+        "run.yaml:4:5: not valid YAML: aliases repeat more than 10,000 values; write what is meant"
+    ), "what they stand for could not be shown in a message, or written"
+    assert yaml_file.scalar(f"{{{', '.join(lines)}}}").startswith("{a0: &a0 ["), "of --set, too"
     assert time.perf_counter() - started < 1
 
 
@@ -172,12 +196,12 @@ def test_a_folder_in_place_of_a_file_is_named_with_the_remedy(tmp_path: Path) ->
     assert str(caught.value) == f"{tmp_path}: is a directory; name an existing YAML file"
 
 
-def test_a_file_in_another_encoding_names_the_byte(tmp_path: Path) -> None:
+def test_a_file_in_another_encoding_names_line_and_byte(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_bytes("model: é".encode("latin-1"))
+    path.write_bytes("# one\nmodel: é".encode("latin-1"))
     with pytest.raises(ConfigError) as caught:
         yaml_file.read(path)
-    assert str(caught.value) == f"{path}: not UTF-8 at byte 7; save the file as UTF-8"
+    assert str(caught.value) == f"{path}:2: not UTF-8 at byte 13; save the file as UTF-8"
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,19 @@ def test_layers_that_are_left_alone_are_named_beside_those_that_are_replaced(cap
     assert "no MLPs of the kind that is replaced" in caplog.text
 
 
+def test_weights_packed_in_a_tensor_of_their_own_class_are_left_to_it() -> None:
+    pytest.importorskip("torchao")
+    from qlora_torchao import AOInt8
+
+    model: Any = inject_adapter(load_model(tiny_config(), AOInt8()), LoRA(r=4))
+    ids = tiny_ids(model)
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        assert not any(fusible(layer) for layer in layers_of(model))
+        assert error(Fused(keep_pages=False).apply(model)(ids, use_cache=False).logits, wanted) < 1e-5
+    assert model.train()(ids, use_cache=False).logits.requires_grad
+
+
 def test_layers_whose_base_trains_are_not_fusible() -> None:
     layers = layers_of(adapted(Three()))
     assert all(fusible(layer) for layer in layers)

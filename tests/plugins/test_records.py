@@ -254,6 +254,14 @@ def test_the_form_of_rows_is_recognised(tmp_path: Path, row: dict[str, Any], exp
     assert contents(lines(tmp_path / "r.jsonl", row, row)) == [expected] * 2
 
 
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_null_in_place_of_token_ids_is_left_to_the_gate_in_whatever_row_it_stands(tmp_path: Path, column: str, at: int) -> None:
+    rows: list[dict[str, Any]] = [{"input_ids": [1, 2], "labels": [-100, 2]} for _ in range(2)]
+    rows[at][column] = None
+    assert contents(lines(tmp_path / "r.jsonl", *rows)) == rows
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -116,6 +116,23 @@ def test_bytes_that_do_not_decode_are_named_with_file_and_position(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("content", "encoding", "where"),
+    [
+        (b"one\ntwo \xff", "utf-8", "line 2, at byte 8"),
+        (b"\xef\xbb\xbfone\n\n\n\xe9\n", "utf-8", "line 4, at byte 9"),
+        (b"line\n" * 30_000 + b"cut off: \xc3", "utf-8", "line 30001, at byte 150009"),
+        ("one\ntwo\n".encode("utf-16") + b"\x00\xdc", "utf-16", "line 3, at byte 18"),
+    ],
+)
+def test_bytes_that_do_not_decode_are_named_with_their_line(tmp_path: Path, content: bytes, encoding: str, where: str) -> None:
+    file = tmp_path / "broken.txt"
+    file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        TextFile(path=str(file), encoding=encoding).examples("train")
+    assert f" in {where}; set dataset.encoding" in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("path", "message"),
     [
         ("missing.txt", "path: no file '"),
