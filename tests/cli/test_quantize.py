@@ -97,18 +97,13 @@ def test_gpt2_whose_weights_are_transposed_is_measured(qlora: Callable[..., Any]
     assert all(0.05 < layer["error"] < 0.15 for layer in answer["layers"])
 
 
-def test_weights_that_are_not_in_safetensors_have_no_known_error(
-    qlora: Callable[..., Any], tiny_model: Path, here: Path
-) -> None:
-    import torch
-    from safetensors.torch import load_file
-
+def test_weights_in_pickle_are_refused(qlora: Callable[..., Any], tiny_model: Path, here: Path) -> None:
     shutil.copytree(tiny_model, here / "old")
-    torch.save(load_file(here / "old" / "model.safetensors"), here / "old" / "pytorch_model.bin")
-    (here / "old" / "model.safetensors").unlink()
-    answer = report(qlora("quantize", "old", "out", "--json"))
-    assert {layer["error"] for layer in answer["layers"]} == {None}
-    assert "unknown" in qlora("quantize", "old", "out", "--overwrite").out
+    (here / "old" / "model.safetensors").rename(here / "old" / "pytorch_model.bin")
+    result = qlora("quantize", "old", "out")
+    assert result.code == 2
+    assert "holds its weights as pickle (pytorch_model.bin)" in result.err
+    assert not (here / "out").exists()
 
 
 def test_a_model_without_a_tokenizer_is_written_with_a_warning(qlora: Callable[..., Any], tiny_model: Path, here: Path) -> None:

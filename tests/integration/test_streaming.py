@@ -86,7 +86,7 @@ def test_a_row_that_stops_a_stream_loses_no_step_and_can_be_left_out(tiny_model:
 def test_a_run_is_not_resumed_on_other_data(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     train(tiny_model, chats, tmp_path / "run", 3)
     chats.write_text("\n".join(reversed(chats.read_text().splitlines())) + "\n")
-    with pytest.raises(RunError, match=r"dataset: the data are not those that the run in .* began with"):
+    with pytest.raises(RunError, match=r"data: the data are not those that the run in .* began with"):
         train(tiny_model, chats, tmp_path / "run", 6, resume=True)
 
 
