@@ -384,7 +384,7 @@ SHORT, DROPPED, LONG = (2, 48), (2, 32), (1, 512)
 DOCUMENTS = (32, 20, 12, 8)  # tokens of documents, in rows with padding, and all in one row
 ITEMS = 2 * 47 + 2 * (31 + 19 + 11 + 7)  # supervised tokens of the batches whose gradients are accumulated
 SUPERVISED = 256  # tokens at the end of a long row
-DEPTH = 10  # layers of 30: in float64 all of them would take minutes
+DEPTH = 10 if AUTOCAST else 5  # layers of 30: in float64 all of them would take minutes
 CASES = ("short", "padding", "packing", "accumulation", "dropout", "long")
 
 Batch = dict[str, torch.Tensor]
