@@ -51,10 +51,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise RunError where another process holds the lock of *folder*."""
-    if (folder / NAME).is_file() and os.access(folder, os.W_OK):
-        with locked(folder):
-            pass
+    """Raise RunError where another process holds the lock of *folder*. Touches nothing."""
+    try:
+        import fcntl
+
+        file = (folder / NAME).open(encoding="utf-8")
+    except (ImportError, OSError):
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            raise _taken(folder, file) from None
 
 
 def _taken(folder: Path, file: IO[str]) -> RunError:

@@ -20,7 +20,7 @@ from qlora_core.libraries import import_libraries
 from qlora_core.model import add_tokens, build_skeleton, inject_adapter, load_model, load_tokenizer
 from qlora_core.parts import Parts, described, mixed
 from qlora_core.preflight import check_evaluates, check_positions, check_space, check_vocabulary
-from qlora_core.provenance import describe_provider, plugin_of, provenance
+from qlora_core.provenance import plugin_of, provenance
 from qlora_core.providers import Adapter, CallbackFactory, DatasetSource, Exporter, Kernels, Provider, Quantizer
 from qlora_core.report import data_line, report_model
 from qlora_core.resume import check_made_of, check_same_run, checkpoint_to_resume
@@ -137,13 +137,12 @@ def execute(
     wanted = _wanted(config, parts, run)
     prepared = prepare(config, parts, run.day() if start is not None else None)
     commit = getattr(prepared.skeleton.config, "_commit_hash", None)
-    record = provenance(parts, config.model, data_fingerprint=prepared.encoded.fingerprint, commit=commit)
+    made_of: dict[str, Any] = {"data_fingerprint": prepared.encoded.fingerprint, "commit": commit}
     if start is not None:
-        check_made_of(run, record)
+        check_made_of(run, provenance(parts, config.model, **made_of))
     logger.info("%s", data_line(prepared.encoded, config))
     check_evaluates(prepared.encoded, config, parts)
     model, kernels = _build(config, parts, prepared)
-    record["providers"]["kernels"] = describe_provider(kernels) if kernels is not None else None
     check_space(run, model, config.training)
 
     from accelerate import PartialState
@@ -152,7 +151,7 @@ def execute(
     processes.wait_for_everyone()
     with run.writing() if processes.is_main_process else contextlib.nullcontext():
         if processes.is_main_process:
-            _begin(run, None if start is not None else record)
+            _begin(run, provenance(parts, config.model, kernels=kernels, **made_of) if start is None else None)
         processes.wait_for_everyone()
         callbacks = [*(_callback(factory, run) for factory in parts.callbacks), *plain_callbacks]
         metrics = train(model, prepared.tokenizer, prepared.encoded, run, callbacks, wanted=wanted, resume_from=start)

@@ -41,7 +41,7 @@ SAMPLE, SAMPLES = 2**16, 256  # of a larger one, so many bytes at so many places
 def provenance(
     parts: Parts, model: ModelConfig, *, kernels: Provider | None = None, data_fingerprint: str, commit: str | None
 ) -> dict[str, Any]:
-    """Return the content of provenance.json, JSON-ready; the kernels may become known only later."""
+    """Return the content of provenance.json, JSON-ready."""
     providers: dict[str, Any] = {
         "quantizer": describe_provider(parts.quantizer),
         "adapter": describe_provider(parts.adapter),

@@ -174,3 +174,28 @@ def qlora() -> Callable[..., Result]:
         return Result(int(exit_.value.code or 0), out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture
+def plain_surroundings(tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in a folder of its own, without colours forced by the environment, with a cache of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "QLORA_DISABLE_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def here(plain_surroundings: None) -> Path:
+    """The working directory of this test."""
+    return Path(os.getcwd())
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Return a function that gives every path under a folder with its content."""
+
+    def take(folder: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+    return take

@@ -49,7 +49,7 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
 
         done["modules of liger-kernel"] = use_liger(base)
     if not done["modules of liger-kernel"]:
-        _between_products(base, options, loops, done)
+        _between_products(base, options, loops, done, lora=bool(layers))
     if options.attention:
         done["attention"] = _attention(base, loops)
     if options.keep_pages and base.device.type == "cpu":
@@ -60,10 +60,10 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
         logger.debug("kernels fused: %s has no %s of the kind that is replaced", type(base).__name__, ", ".join(missing))
 
 
-def _between_products(base: Any, options: FusedOptions, loops: Any, done: Counter[str]) -> None:
+def _between_products(base: Any, options: FusedOptions, loops: Any, done: Counter[str], *, lora: bool) -> None:
     if options.mlp:
         done["MLPs"] = _mlps(base, loops)
-    if options.norm and any(fusible(module) for module in base.modules()):
+    if options.norm and lora:
         done["norms"] = _norms(base, loops)
     if options.rotary:
         found = [module for module in base.modules() if rotates_halves(module)]

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import io
 import json
-import logging
 import os
 import re
 import resource
@@ -18,7 +16,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,26 +73,13 @@ def limited(seconds: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def qlora() -> Run:
+def qlora(qlora: Callable[..., Any]) -> Run:
     """Return a function that runs `qlora` with the given arguments in this process, at most 20 s."""
-    from qlora_core.cli.main import main
 
     def run(*arguments: object) -> Result:
-        out, err, path = io.StringIO(), io.StringIO(), list(sys.path)
-        logger = logging.getLogger("qlora_core")
-        kept = list(logger.handlers), logger.level, logger.propagate
-        code = 0
-        try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-                try:
-                    with limited(SECONDS):
-                        main([str(argument) for argument in arguments])
-                except SystemExit as exit_:
-                    code = int(exit_.code or 0)
-        finally:
-            sys.path[:] = path
-            logger.handlers[:], logger.level, logger.propagate = kept
-        return Result(code, out.getvalue(), err.getvalue() + _crash(err.getvalue()))
+        with limited(SECONDS):
+            done = qlora(*arguments)
+        return Result(done.code, done.out, done.err + _crash(done.err))
 
     return run
 
@@ -205,25 +189,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run each test in a folder of its own, with a cache of its own."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "QLORA_DISABLE_PLUGINS"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def here() -> Path:
-    """The working directory of this test."""
-    return Path(os.getcwd())
-
-
-@pytest.fixture
-def contents() -> Callable[[Path], dict[str, bytes]]:
-    """Return a function that gives every path under a folder with its content."""
-
-    def take(folder: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
-
-    return take
+def _surroundings(plain_surroundings: None) -> None:
+    """Run each test in a folder of its own."""

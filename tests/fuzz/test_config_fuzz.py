@@ -350,7 +350,7 @@ def _flow(value: Any) -> str:
 
 
 @pytest.fixture
-def judged(qlora: Callable[..., Any], here: Path, contents: Callable[[Path], dict[str, bytes]]) -> Callable[[Case], str]:
+def judged(qlora: Callable[..., Any], here: Path, snapshot: Callable[[Path], dict[str, bytes]]) -> Callable[[Case], str]:
     """Return a function that says how a case ended, "refused" or "accepted", or fails."""
 
     def run(case: Case) -> str:
@@ -361,8 +361,8 @@ def judged(qlora: Callable[..., Any], here: Path, contents: Callable[[Path], dic
             result = qlora(*arguments, *sets)
             if result.code not in ((0, 2) if command == "show" else (2,)) or "Traceback" in result.err:
                 raise AssertionError(f"{command} gives {result.code}: {result.out[-200:]}{result.err[-2500:]}")
-            if contents(here) != {"run.yaml": case.content}:
-                raise AssertionError(f"{command} has left {', '.join(contents(here))} or changed run.yaml")
+            if snapshot(here) != {"run.yaml": case.content}:
+                raise AssertionError(f"{command} has left {', '.join(snapshot(here))} or changed run.yaml")
             if result.code:
                 return _refusal(case, result.err)
         raise AssertionError("a model without weights has trained")

@@ -312,7 +312,7 @@ def _damage(draw: Callable[..., Any], content: bytes) -> tuple[str, bytes]:
 
 
 @pytest.fixture
-def put(here: Path, contents: Callable[[Path], dict[str, bytes]]) -> Callable[..., Any]:
+def put(here: Path, snapshot: Callable[[Path], dict[str, bytes]]) -> Callable[..., Any]:
     """Return a function that writes a case's file into an empty folder, runs a command on it and compares the folder."""
 
     def run(case: Case, command: Callable[..., Any], *arguments: object) -> Any:
@@ -322,8 +322,8 @@ def put(here: Path, contents: Callable[[Path], dict[str, bytes]]) -> Callable[..
         (folder / case.name).write_bytes(case.content)
         sets = [argument for text in ("data.sequence_length=64", *case.settings) for argument in ("--set", text)]
         result = command(*arguments, "--data", folder / case.name, *sets, "-q")
-        if contents(folder) != {case.name: case.content}:
-            raise AssertionError(f"the file has changed, or others stand beside it: {', '.join(contents(folder))}")
+        if snapshot(folder) != {case.name: case.content}:
+            raise AssertionError(f"the file has changed, or others stand beside it: {', '.join(snapshot(folder))}")
         return result
 
     return run

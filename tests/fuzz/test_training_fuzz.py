@@ -464,10 +464,10 @@ def _filled(value: Any, ground: dict[str, Path]) -> Any:
 
 @pytest.fixture
 def trained(
-    qlora: Callable[..., Any], here: Path, tiny_model: Path, ground: dict[str, Path], contents: Any
+    qlora: Callable[..., Any], here: Path, tiny_model: Path, ground: dict[str, Path], snapshot: Any
 ) -> Callable[[dict[str, Any], str], str]:
     """Return a function that trains two steps with the given changes, and says how that ended, or fails."""
-    before = contents(ground["here"])
+    before = snapshot(ground["here"])
 
     def run(changes: dict[str, Any], dataset: str) -> str:
         config: dict[str, Any] = {
@@ -497,7 +497,7 @@ def trained(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if result.code not in (0, 2) or "Traceback" in result.err or "this is a defect" in result.err:
             raise AssertionError(f"gives {result.code}: {result.err[-2500:]}")
-        if not config_left or contents(ground["here"]) != before:
+        if not config_left or snapshot(ground["here"]) != before:
             raise AssertionError("a file has changed")
         keys = {part for key in changes for part in key.replace("extra ", "extra.").split(".")} | {
             "dataset",
