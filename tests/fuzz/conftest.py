@@ -11,11 +11,10 @@ import faulthandler
 import json
 import os
 import re
-import resource
 import signal
+import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,13 +28,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 ASKED = os.environ.get("QLORA_FUZZ", "")
 LONG = float(ASKED.replace("long", "1") or 0)  # 0 for the short run, else the share of the cases of the long one
 SECONDS = 20  # a case may take
-NO_ANSWER = "no answer, wait status"
-KILLED = f"{NO_ANSWER} {int(signal.SIGKILL)}"  # as `_waited` does
-MEMORY = 16 * 2**30  # bytes of address space that a case may take in a process of its own
 SHOWN = 40  # failures that a long run lists
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "qlora-fuzz")  # not into the working directory
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not survive a fork
 
 
 class Hang(BaseException):
@@ -85,45 +80,22 @@ def qlora(qlora: Callable[..., Any]) -> Run:
 
 
 @pytest.fixture(scope="session")
-def forked(qlora: Run) -> Run:
-    """Return the same as a process of its own, with the libraries that are imported here: what reads files in C may crash.
+def forked() -> Iterator[Run]:
+    """Return the same as a process of its own, which has the libraries imported already: see forks.py."""
+    alone = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | alone) as server:
+        asked, answers = server.stdin, server.stdout
+        assert asked is not None
+        assert answers is not None
 
-    This process has threads of those libraries, and a fork may inherit a lock that one of them held. What hangs for another
-    reason hangs a second time, too.
-    """
+        def run(*arguments: object) -> Result:
+            json.dump([[str(argument) for argument in arguments], os.getcwd(), dict(os.environ)], asked)
+            print(file=asked, flush=True)
+            code, out, err = json.loads(answers.readline())
+            return Result(code, out, err + _crash(err))
 
-    def run(*arguments: object) -> Result:
-        result = once(*arguments)
-        return once(*arguments) if result.err.endswith(KILLED) else result
-
-    def once(*arguments: object) -> Result:
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as answer:
-            child = os.fork()
-            if not child:
-                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-                with contextlib.suppress(BaseException):
-                    result = qlora(*arguments)
-                    json.dump([result.code, result.out, result.err], answer)
-                    answer.flush()
-                os._exit(0)
-            status = _waited(child)
-            answer.seek(0)
-            text = answer.read()
-        return Result(*json.loads(text)) if text else Result(-1, "", f"{NO_ANSWER} {status}")
-
-    return run
-
-
-def _waited(child: int) -> int:
-    """Return the wait status of *child*, which is ended after some more than 20 s."""
-    until = time.monotonic() + SECONDS + 5
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+        yield run
 
 
 def _crash(err: str) -> str:

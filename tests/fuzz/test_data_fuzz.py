@@ -348,8 +348,6 @@ def _judged(case: Case, result: Any) -> str:
 @pytest.fixture
 def shown(put: Callable[..., Any], forked: Callable[..., Any], tiny_model: Path) -> Callable[[Case], str]:
     """Return a function that says how `qlora data` ends with a case, or fails."""
-    import pyarrow.parquet  # noqa: F401
-
     return lambda case: _judged(case, put(case, forked, "data", "--model", tiny_model, "--sample", "1", "--json"))
 
 
@@ -367,7 +365,6 @@ def trained(put: Callable[..., Any], qlora: Callable[..., Any], tiny_model: Path
     return run
 
 
-@pytest.mark.usefixtures("_warm")
 class TestDamaged:
     def test_rows(self, explore: Any, shown: Callable[[Case], str]) -> None:
         explore(wrong_rows(), shown, short=15, long=900)
@@ -375,13 +372,14 @@ class TestDamaged:
     def test_files(self, explore: Any, shown: Callable[[Case], str]) -> None:
         explore(damaged_files(), shown, short=18, long=1_200)
 
+    @pytest.mark.usefixtures("_warm")
     def test_files_that_are_trained_on(self, explore: Any, trained: Callable[[Case], str]) -> None:
         explore(st.one_of(damaged_files(), wrong_rows()), trained, short=3, long=150)
 
 
 @pytest.fixture(scope="module")
 def _warm(qlora: Callable[..., Any], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Import in this process what the forked ones then have."""
+    """Import what the first case would otherwise wait for."""
     path = tmp_path_factory.mktemp("warm") / "text.txt"
     path.write_text("Some words. " * 500, encoding="utf-8")
     assert qlora("data", "--model", tiny_model, "--data", path, "--json", "-q", "--set", "data.sequence_length=32").code == 0
