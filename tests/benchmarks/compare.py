@@ -1,11 +1,11 @@
 """Peers and ours in turn on the same work: speed and memory, medians and ratios.
 
-    python compare.py [--only seq512,gsm8k] [--rounds 3] [--steps 8] [--quick] [--json build/bench.json]
+    python compare.py [--only seq512,gsm8k] [--rounds 3] [--steps 8] [--quick] [--peers trainer] [--add]
 
 Each run is a process of its own. In a round every setting is done once by the Trainer wired by hand, by TRL and by ours; the
 table has the medians of all rounds, and the best peer of each line in its ratio. The model is that of `qlora demo`. GSM8K and
 chats come from the folder in --data or $QLORA_BENCH_DATA (see workload.py) and are left out without it. What is not wanted by
---only or has failed stays in the JSON file from before.
+--only or has failed stays in the JSON file from before; with --add so do the rounds of what is measured again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,11 @@ class Bench:
         arguments += ["--seq", str(setting.seq), "--batch", str(setting.batch), "--steps", str(steps)]
         return self.script("ours.py", *arguments, *(word for value in chosen for word in ("--set", value)))
 
-    def train_peer(self, peer: str, setting: Setting, steps: int) -> process.Reading:
-        """Return the reading of a run of *peer*."""
+    def train_peer(self, peer: str, setting: Setting, steps: int, more: tuple[str, ...] = ()) -> process.Reading:
+        """Return the reading of a run of *peer*, with *more* arguments."""
         arguments = ["train", peer, "--model", str(self.model), "--rows", str(self.rows(setting)), "--steps", str(steps)]
         arguments += ["--batch", str(setting.peer_batch or setting.batch)]
-        return self.script("peers.py", *arguments, *(["--checkpointing"] if setting.checkpointing else []))
+        return self.script("peers.py", *arguments, *(["--checkpointing"] if setting.checkpointing else []), *more)
 
     def read(self, who: str, setting: Setting) -> dict[str, Any] | None:
         """Return the figures of *who* in *setting*; None where it does no such work."""
@@ -95,16 +96,16 @@ class Bench:
         return self.script("matmul.py").report
 
 
-def measure(bench: Bench, setting: Setting, rounds: int, console: Console) -> dict[str, Any]:
+def measure(bench: Bench, setting: Setting, rounds: int, who_runs: Sequence[str], console: Console) -> dict[str, Any]:
     """Return the readings of all rounds of *setting*, in turn, and the rates of matrix multiplication beside them."""
     readings: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
     rates = []
     if setting.work == "startup":
-        for who in WHO:
+        for who in who_runs:
             bench.read(who, setting)  # so that every cache is warm
     for number in range(rounds):
-        turn = number % len(WHO)
-        for who in (*WHO[turn:], *WHO[:turn]):
+        turn = number % len(who_runs)
+        for who in (*who_runs[turn:], *who_runs[:turn]):
             console.print(f"{setting.name}, round {number + 1} of {rounds}: {who}", style="dim")
             found = bench.read(who, setting)
             if found is None:
@@ -115,6 +116,12 @@ def measure(bench: Bench, setting: Setting, rounds: int, console: Console) -> di
         if setting.bound is not None:
             rates.append(bench.matmul())
     return {"setting": dataclasses.asdict(setting), "readings": readings, "matmul": rates}
+
+
+def added(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what `measure` gave *before* and *now* as one."""
+    readings = {who: [*before["readings"].get(who, []), *runs] for who, runs in now["readings"].items()}
+    return {**now, "readings": readings, "matmul": [*before["matmul"], *now["matmul"]]}
 
 
 def judged(setting: Setting, measured: dict[str, Any], count: int) -> list[Line]:
@@ -132,6 +139,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"one round, 5 steps, and only {', '.join(QUICK)} unless --only")
     parser.add_argument("--rounds", type=int, help="3 unless --quick")
     parser.add_argument("--steps", type=int, help="8 unless --quick; the first two are not measured")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"which of {', '.join(PEERS)} run, separated by commas")
+    parser.add_argument("--add", action="store_true", help="keep the rounds that the JSON file has of these settings")
     parser.add_argument("--model", type=Path, help="a folder; the model of `qlora demo` by default")
     parser.add_argument("--data", type=Path, default=os.environ.get("QLORA_BENCH_DATA"))
     parser.add_argument("--scratch", type=Path, default=Path("build/bench"), help="for token rows, runs and caches")
@@ -140,6 +149,9 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.steps = options.steps or (5 if options.quick else 8)
+    options.peers = options.peers.split(",")
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"no peer {min(unknown)!r}; known: {', '.join(PEERS)}")
     if not Path("/proc/self/status").is_file():
         parser.error("memory is read from /proc, which only Linux has")
     try:
@@ -171,11 +183,13 @@ def main() -> None:
             console.print(f"{setting.name}: left out, no {workload.FILES[setting.rows]} in --data or $QLORA_BENCH_DATA")
             continue
         try:
-            measured = measure(bench, setting, options.rounds, console)
+            measured = measure(bench, setting, options.rounds, (*options.peers, "ours"), console)
         except process.ChildError as error:
             console.print(f"{setting.name}: left out, it failed: {error}", markup=False)
             failed.append(setting.name)
             continue
+        if options.add and setting.name in settings:
+            measured = added(settings[setting.name], measured)
         found = judged(setting, measured, count)
         shown += found
         settings[setting.name] = {**measured, "machine": machine(), "lines": [dataclasses.asdict(line) for line in found]}

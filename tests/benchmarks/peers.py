@@ -1,6 +1,6 @@
 """QLoRA as a user would run it today with each peer.
 
-    python peers.py train    PEER --model DIR --rows FILE [--batch 2] [--steps 8] [--checkpointing]
+    python peers.py train    PEER --model DIR --rows FILE [--batch 2] [--steps 8] [--checkpointing] [--seed 0] [--in-order]
     python peers.py evaluate PEER --model DIR --rows FILE [--batch 2]
     python peers.py generate trainer --model DIR [--tokens 64]
 
@@ -81,7 +81,8 @@ def trainer_of(options: argparse.Namespace, clock: Clock, folder: str) -> Any:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
-        "seed": 0,
+        "seed": options.seed,
+        "train_sampling_strategy": "sequential" if options.in_order else "random",
         "disable_tqdm": True,
         "gradient_checkpointing": options.checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if options.checkpointing else None,
@@ -147,8 +148,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of the adapter and of the order of rows")
+    parser.add_argument("--in-order", action="store_true", help="train on the rows in their order")
     options = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         if options.work == "generate":

@@ -50,12 +50,13 @@ def lines(title: str, x: str, y: str, series: Mapping[str, Points]) -> str:
     for value in across:
         at, _ = place((value, 0))
         parts.append(_text(at, top + height + 20, f"{value:,g}", "small", "middle"))
+    levels = _separate({name: place(max(line))[1] for name, line in series.items()})
     for colour, (name, line) in zip(COLOURS, series.items(), strict=False):
         placed = [place(point) for point in sorted(line)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}"/>' for a, b in placed]
-        parts.append(_text(placed[-1][0] + 10, placed[-1][1] + 4, name, colour=colour))
+        parts.append(_text(placed[-1][0] + 10, levels[name] + 4, name, colour=colour))
     return _svg(WIDTH, top + height + 60, title, parts)
 
 
@@ -75,6 +76,14 @@ def bars(title: str, labels: Sequence[str], panels: Mapping[str, Sequence[float]
             written = (form if most >= 20 else "{:.2f}").format(value)
             parts.append(_text(start + long + 6, level + 15, written))
     return _svg(WIDTH, top + row * len(labels) + 20, title, parts)
+
+
+def _separate(levels: Mapping[str, float], least: float = 16) -> dict[str, float]:
+    """Return *levels* from the top down, each moved until it is at least *least* below the one before."""
+    found: dict[str, float] = {}
+    for name in sorted(levels, key=lambda name: levels[name]):
+        found[name] = max(levels[name], max(found.values(), default=-least) + least)
+    return found
 
 
 def _text(x: float, y: float, words: str, kind: str = "", anchor: str = "start", colour: str = "") -> str:

@@ -14,7 +14,7 @@ import pytest
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modules beside this file, forgotten again afterwards: their names are theirs only there."""
-    names = ("growth", "machine", "picture", "process", "scale", "settings", "verdict", "workload", "ladder", "compare")
+    names = ["machine", "picture", "process", "scale", "settings", "verdict", "workload", "compare", "curves", "growth", "ladder"]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     yield SimpleNamespace(**{name: __import__(name) for name in names})
@@ -82,6 +82,14 @@ def test_a_line_without_peers_has_values_and_no_verdict(bench: Any) -> None:
     assert (line.values, line.ratio, line.met) == ({"ours": 7}, None, None)
 
 
+def test_added_rounds_stand_after_those_before(bench: Any) -> None:
+    before = {"readings": {"trainer": [1], "trl": [2], "ours": [3]}, "matmul": [10]}
+    now = {"setting": {}, "readings": {"trainer": [4], "trl": [], "ours": [5]}, "matmul": [20]}
+    both = bench.compare.added(before, now)
+    assert both["readings"] == {"trainer": [1, 4], "trl": [2], "ours": [3, 5]}
+    assert both["matmul"] == [10, 20]
+
+
 def test_an_unknown_setting_is_answered_with_those_that_exist(bench: Any) -> None:
     with pytest.raises(ValueError, match="'seq511'; known: seq512, seq512-ckpt"):
         bench.settings.named("seq512,seq511")
@@ -117,6 +125,19 @@ def test_the_large_model_has_at_least_the_parameters_asked_for_and_the_proportio
     sizes = bench.scale.shape(7e9)
     assert (sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]) == (4096, 11008, 32)
     assert 7e9 <= bench.scale.count(sizes) < 7.2e9
+
+
+def test_names_of_curves_that_end_in_one_point_do_not_cover_each_other(bench: Any) -> None:
+    chart = bench.picture.lines("", "step", "loss", {"one": [(1, 2.0)], "two": [(1, 2.0)], "three": [(1, 1.0)]})
+    levels = {text.text: float(text.get("y")) for text in ElementTree.fromstring(chart).iter() if text.get("style")}
+    assert levels["two"] == levels["one"] + 16
+    assert levels["three"] > levels["two"] + 16
+
+
+def test_curves_are_apart_by_the_root_of_the_mean_square(bench: Any) -> None:
+    assert bench.curves.apart([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 0
+    assert bench.curves.apart([1.0, 2.0], [4.0, 6.0]) == pytest.approx((25 / 2) ** 0.5)
+    assert bench.curves.smooth([1.0] * 10 + [3.0, 5.0]) == [(10, 1.0), (12, 4.0)]
 
 
 def test_pictures_are_well_formed_and_end_on_round_numbers(bench: Any) -> None:

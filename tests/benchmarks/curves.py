@@ -1,0 +1,81 @@
+"""The loss of each step: ours beside the Trainer wired by hand, on the same rows in the same order.
+
+    python curves.py [--steps 200] [--seq 128] [--batch 1] [--seeds 0,1,2] [--svg docs/images/curves.svg]
+
+The peer runs once with each seed, which is that of its adapter's first values alone; ours runs with the first seed. How far two
+runs of the peer are apart is its noise; how far ours is from each of them is to be no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import picture
+from compare import Bench, demo_model_folder
+from machine import machine
+from settings import Setting
+
+WINDOW = 10  # steps that a point of the picture is the mean of
+IN_ORDER = "training.extra.train_sampling_strategy=sequential"
+
+
+def measure(bench: Bench, setting: Setting, seeds: list[int]) -> dict[str, list[float]]:
+    """Return the losses of each run, by its name."""
+    found = {}
+    for seed in seeds:
+        peer = bench.train_peer("trainer", setting, bench.steps, ("--in-order", "--seed", str(seed)))
+        found[f"Trainer, seed {seed}"] = peer.report["losses"]
+        print(f"Trainer, seed {seed}: ends at {found[f'Trainer, seed {seed}'][-1]:.4f}", flush=True)
+    ours = bench.train_ours(setting, bench.steps, (IN_ORDER, f"training.seed={seeds[0]}"))
+    return {**found, "qlora-core": ours.report["losses"]}
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the root of the mean squared difference of two curves, nats per token."""
+    return math.sqrt(statistics.fmean((a - b) ** 2 for a, b in zip(one, other, strict=True)))
+
+
+def smooth(losses: Sequence[float]) -> list[tuple[float, float]]:
+    """Return (last step, mean loss) of each window."""
+    groups = [losses[start : start + WINDOW] for start in range(0, len(losses), WINDOW)]
+    return [(WINDOW * number + len(group), statistics.fmean(group)) for number, group in enumerate(groups)]
+
+
+def main() -> None:
+    """Measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--model", type=Path, help="a folder; the model of `qlora demo` by default")
+    parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
+    parser.add_argument("--json", type=Path, default=Path("build/curves.json"))
+    parser.add_argument("--svg", type=Path, help="where to draw it, such as docs/images/curves.svg")
+    options = parser.parse_args()
+    model = options.model or demo_model_folder()
+    bench = Bench(model, options.scratch.absolute(), None, options.steps, [])
+    setting = Setting("curves", "", seq=options.seq, batch=options.batch)
+    found = measure(bench, setting, [int(seed) for seed in options.seeds.split(",")])
+    ours, peers = found["qlora-core"], [losses for name, losses in found.items() if name != "qlora-core"]
+    noise = [apart(a, b) for a, b in itertools.combinations(peers, 2)]
+    away = [apart(ours, losses) for losses in peers]
+    print(f"two runs of the peer are {min(noise):.4f} to {max(noise):.4f} nats apart")
+    print(f"ours is {min(away):.4f} to {max(away):.4f} from them: {'met' if max(away) <= max(noise) else 'not met'}")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), "model": model.name, "losses": found, "noise": noise, "ours_from_peers": away}
+    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.svg:
+        title = f"Loss of {options.steps} steps of {options.batch} x {options.seq} tokens, mean of {WINDOW} steps"
+        curves = {name: smooth(losses) for name, losses in found.items()}
+        options.svg.write_text(picture.lines(title, "step", "nats per token", curves), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
