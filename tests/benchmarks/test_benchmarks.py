@@ -14,7 +14,19 @@ import pytest
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modules beside this file, forgotten again afterwards: their names are theirs only there."""
-    names = ["machine", "picture", "process", "scale", "settings", "verdict", "workload", "compare", "curves", "growth", "ladder"]
+    names = [
+        "machine",
+        "picture",
+        "process",
+        "scale",
+        "settings",
+        "verdict",
+        "workload",
+        "compare",
+        "curves",
+        "growth",
+        "ladder",
+    ]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     yield SimpleNamespace(**{name: __import__(name) for name in names})
