@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -62,11 +65,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     tracing = os.environ.get("QLORA_TRACE")
     try:
-        code = _run(_split_resume(given))
+        with _interrupted_by_sigterm() as terminated:
+            code = _run(_split_resume(given))
+        if terminated and code == 128 + signal.SIGINT:
+            code = 128 + signal.SIGTERM
     finally:  # --trace is for this command, and whoever calls this function may call it again
         if tracing is None:
             os.environ.pop("QLORA_TRACE", None)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[list[int]]:
+    """Make SIGTERM do what Ctrl-C does, which removes what is temporary, and give a list that is empty until it comes."""
+    terminated: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str]) -> int:

@@ -242,6 +242,16 @@ def test_a_callback_that_ends_training_at_once_leaves_a_road_to_go(
     assert {"step", "save", "generate"} <= set(names(result.out))
 
 
+def test_sigterm_between_two_runs_leaves_nothing(
+    qlora: Callable[..., Any], write_config: Callable[..., Path], plugin: Callable[..., str], scratch: Path
+) -> None:
+    module = plugin(export="__import__('os').kill(__import__('os').getpid(), __import__('signal').SIGTERM)")
+    result = qlora("train", "--dry-run", write_config(exports=["late"]), "-p", module)
+    assert result.code == 128 + signal.SIGTERM
+    assert result.err.endswith("\nstopped\n")
+    assert list(scratch.iterdir()) == []
+
+
 def test_a_signal_stops_it(
     qlora: Callable[..., Any], write_config: Callable[..., Path], plugin: Callable[..., str], scratch: Path
 ) -> None:

@@ -144,12 +144,15 @@ def test_a_signal_ends_a_run_after_a_checkpoint(
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_an_interruption_outside_of_training_is_130(
-    qlora: Callable[..., Any], odd: Callable[..., list[Any]], here: Path
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_outside_of_training_ends_a_command_at_once(
+    qlora: Callable[..., Any], odd: Callable[..., list[Any]], here: Path, name: str, code: int
 ) -> None:
-    result = qlora(*odd(early="raise KeyboardInterrupt"), "-q")
-    assert (result.code, result.out, result.err.strip()) == (130, "", "stopped")
+    before = signal.getsignal(signal.SIGTERM)
+    result = qlora(*odd(early=f"__import__('os').kill(__import__('os').getpid(), __import__('signal').{name})"), "-q")
+    assert (result.code, result.out, result.err.strip()) == (code, "", "stopped")
     assert not (here / "out").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("arguments", ["config schema", "--version", "plugins list"])
