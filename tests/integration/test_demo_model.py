@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import qlora_core.demo_model
 from qlora_core.cli.main import main
 from qlora_core.demo_model import WHEEL_SHA256, demo_model, demo_text
 
@@ -32,11 +33,16 @@ def test_the_text_is_pythons_own_documentation() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_lowers_the_held_out_perplexity(demo_folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_demo_lowers_the_held_out_perplexity(
+    demo_folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = tmp_path / "part.txt"  # scoring a tenth of all takes longer than the training
+    part.write_text(demo_text().read_text(encoding="utf-8")[:80_000], encoding="utf-8")
+    monkeypatch.setattr(qlora_core.demo_model, "demo_text", lambda: part)
     with pytest.raises(SystemExit) as caught:
-        main(["demo", "--output", str(tmp_path / "demo"), "--steps", "6", "--json"])
+        main(["demo", "--output", str(tmp_path / "demo"), "--steps", "4", "--json"])
     assert caught.value.code == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["perplexity"]["before"] == pytest.approx(12.7, abs=0.6)
+    assert report["perplexity"]["before"] == pytest.approx(14.6, abs=1.0)
     assert report["perplexity"]["after"] < 0.95 * report["perplexity"]["before"]
     assert report["sample"]["before"] != report["sample"]["after"]

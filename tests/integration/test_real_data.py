@@ -17,7 +17,7 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 LINES = """
 model: {model}
 dataset: {{name: records, path: {path}}}
-data: {{sequence_length: 640, on_problem: skip, eval_fraction: 0.01}}
+data: {{sequence_length: 640, on_problem: skip, eval_fraction: 0.003}}
 training: {{max_steps: 1, batch_size: 1}}
 callbacks: []
 output: {output}
