@@ -97,11 +97,12 @@ def test_nothing_to_resume_from_is_said(run: Callable[..., Finished], tmp_path: 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_resumes(
-    tiny_model: Path, text_file: Path, tmp_path: Path, number: int
+    qlora: Callable[..., Any], tiny_model: Path, text_file: Path, tmp_path: Path, number: int
 ) -> None:
-    command = [sys.executable, "-m", "qlora_core", "train", "--model", str(tiny_model), "--data", str(text_file)]
-    command += ["--output", str(tmp_path / "run"), "--set", "data.sequence_length=32", "--set", "training.logging_steps=1"]
-    process = subprocess.Popen([*command, "--set", "training.max_steps=3000"], stderr=subprocess.PIPE, text=True)
+    words = ["train", "--model", str(tiny_model), "--data", str(text_file), "--output", str(tmp_path / "run")]
+    words += ["--set", "data.sequence_length=32", "--set", "training.logging_steps=1"]
+    command = [sys.executable, "-m", "qlora_core", *words, "--set", "training.max_steps=3000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_text().count("\n") > 2):
@@ -115,10 +116,8 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_resumes(
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step
-    resumed = subprocess.run(
-        [*command, "--set", f"training.max_steps={step + 2}", "--resume"], capture_output=True, text=True, timeout=120
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = qlora(*words, "--set", f"training.max_steps={step + 2}", "--resume")
+    assert resumed.code == 0, resumed.err
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, step + 3))
 
