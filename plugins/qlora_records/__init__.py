@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from qlora_core.config import RunConfig
-from qlora_core.data.files import ROWS, TEXTS, AnyPaths, absolute, files_in, is_hub_name, plain_suffix
+from qlora_core.data.files import ROWS, TEXTS, AnyPaths, Unchanged, absolute, files_in, is_hub_name, plain_suffix
 from qlora_core.errors import ConfigError, Problem
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
@@ -143,6 +143,7 @@ class Records(DatasetSource):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._said: set[str] = set()
+        self._unchanged = Unchanged()
 
     @classmethod
     def example(cls, folder: Path) -> dict[str, Any]:
@@ -167,10 +168,12 @@ class Records(DatasetSource):
     def stream(self, position: Any = None) -> Iterator[tuple[dict[str, Any], Any]]:
         """Yield the rows without storing them; a position says the file, and where in it the next row begins."""
         from qlora_records.reading import stream_records
+        from qlora_records.rows import Files
 
         source = self._source("train")
         assert source is not None
-        return stream_records(source, self.options.model_dump(), self._say, position)
+        rows = stream_records(source, self.options.model_dump(), self._say, position)
+        return self._unchanged.rows(source.paths, rows) if isinstance(source, Files) else rows
 
     def _say(self, line: str) -> None:
         """Log *line* once: a stream is opened again for every pass."""

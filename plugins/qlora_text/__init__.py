@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from qlora_core.config import RunConfig
-from qlora_core.data.files import TEXTS, Paths, files_in
+from qlora_core.data.files import TEXTS, Paths, Unchanged, files_in
 from qlora_core.hooks import hookimpl
 from qlora_core.parts import Parts
 from qlora_core.providers import DatasetSource, ProviderOptions
@@ -52,6 +52,10 @@ class TextFile(DatasetSource):
     Options = TextOptions
     options: TextOptions
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._unchanged = Unchanged()
+
     @classmethod
     def example(cls, folder: Path) -> dict[str, Any]:
         """Return the path of a written file of 400 lines."""
@@ -75,7 +79,8 @@ class TextFile(DatasetSource):
         """Yield the same rows without storing them; a position says the file and the place in it."""
         from qlora_text.reading import stream_documents
 
-        return stream_documents(self._files("path"), self.options.encoding, self.options.separator, position)
+        files = self._files("path")
+        return self._unchanged.rows(files, stream_documents(files, self.options.encoding, self.options.separator, position))
 
     def _files(self, option: str) -> list[Path]:
         value = getattr(self.options, option)

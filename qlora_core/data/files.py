@@ -10,9 +10,9 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, BinaryIO, cast
+from typing import IO, Annotated, Any, BinaryIO, TypeVar, cast
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -23,6 +23,7 @@ __all__ = [
     "ROWS",
     "TEXTS",
     "Paths",
+    "Unchanged",
     "absolute",
     "digest",
     "files_in",
@@ -40,6 +41,8 @@ ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 TEXTS = (".txt", ".md")
 """The suffixes of files that hold raw text."""
+
+Row = TypeVar("Row")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -142,6 +145,36 @@ def opened(path: str | Path, offset: int = 0) -> BinaryIO:
     except OSError as error:
         raise _unreadable(path, error) from error
     return stream
+
+
+class Unchanged:
+    """Watches files that are read over and over, as a stream's are: one that changes makes another run of it."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def rows(self, files: Sequence[str | Path], rows: Iterable[tuple[Row, Any]]) -> Iterator[tuple[Row, Any]]:
+        """Yield *rows* with their positions, whose first item is the index of the row's file in *files*.
+
+        Raises DataError at the first row after one of them has changed since the first call, by size or time.
+        """
+        for file in files:
+            self._look(file)
+        for row, position in rows:
+            self._look(files[position[0]])
+            yield row, position
+
+    def _look(self, file: str | Path) -> None:
+        try:
+            found = os.stat(file)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        now = found.st_size, found.st_mtime_ns
+        if self._seen.setdefault(os.fspath(file), now) != now:
+            raise DataError(
+                f"{file}: the file has changed while the run streams it; put it back as it was and go on with --resume, "
+                "or begin again with --overwrite"
+            )
 
 
 def digest(files: Iterable[str | Path]) -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from qlora_bitsandbytes import NF4
 from qlora_core import ConfigError, DataError, Run, RunConfig, RunError, finetune
 from qlora_core.parts import resolve
 from qlora_core.registry import Registry
+from qlora_core.training.trainer import QLoRATrainer
 from qlora_peft import LoRA
 from qlora_records import Records
 
@@ -81,6 +83,35 @@ def test_a_row_that_stops_a_stream_loses_no_step_and_can_be_left_out(tiny_model:
     assert int(saved[-1].name.removeprefix("step-")) > 15
     finished = train(tiny_model, chats, tmp_path / "run", 60, packing=False, resume=True, on_problem="skip")
     assert finished["metrics"][-1]["step"] == 60
+
+
+@pytest.mark.parametrize("part", ["begun", "not yet begun"])
+def test_a_file_that_changes_while_it_is_streamed_ends_the_run_which_goes_on_once_it_is_back(
+    tiny_model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    lines = chats.read_text().splitlines(keepends=True)
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(lines[:200]))
+    (folder / "b.jsonl").write_text("".join(lines[200:]))
+    whole = train(tiny_model, folder, tmp_path / "whole", 24)
+    file = folder / ("a.jsonl" if part == "begun" else "b.jsonl")
+    text = file.read_text()
+    with monkeypatch.context() as patch:
+        step = QLoRATrainer.training_step
+
+        def change(trainer: Any, *arguments: Any) -> Any:
+            if trainer.state.global_step == 1:
+                file.write_text(text.replace("word", "wort"))
+            return step(trainer, *arguments)
+
+        patch.setattr(QLoRATrainer, "training_step", change)
+        with pytest.raises(DataError, match=rf"{file}: the file has changed while the run streams it; put it back"):
+            train(tiny_model, folder, tmp_path / "run", 24)
+    file.write_text(text)
+    again = train(tiny_model, folder, tmp_path / "run", 24, resume=True)
+    assert again["metrics"] == whole["metrics"]
+    assert all(torch.equal(again["adapter"][name], tensor) for name, tensor in whole["adapter"].items())
 
 
 def test_a_run_is_not_resumed_on_other_data(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
