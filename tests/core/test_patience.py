@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -34,6 +36,47 @@ def test_what_ends_in_time_is_left_alone_and_so_is_what_follows() -> None:
     until = time.monotonic() + 0.3
     while time.monotonic() < until:  # in no block
         pass
+
+
+def test_it_is_raised_in_the_block_or_at_its_end_and_never_below() -> None:
+    """Blocks that end just when their time is over."""
+    patience, late = Patience(0.02), 0
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        try:
+            with patience.watching():
+                end = time.monotonic() + 0.0215
+                while time.monotonic() < end:
+                    pass
+        except TooLong:
+            late += 1
+        for _ in range(1000):
+            pass
+    assert late > 0
+
+
+def test_an_error_that_comes_too_late_is_raised_at_the_end_of_a_block_that_would_not_hear_it() -> None:
+    patience = Patience(0.05)
+    with pytest.raises(TooLong), patience.watching():
+        time.sleep(0.3)  # in a call into C
+
+
+def test_a_profiler_can_be_switched_on_afterwards() -> None:
+    code = """
+import cProfile
+from qlora_core.data.patience import Patience, TooLong
+patience = Patience(0.05)
+with patience.watching():
+    pass
+try:
+    with patience.watching():
+        while True:
+            pass
+except TooLong:
+    cProfile.run("sum(range(10))")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "function calls" in done.stdout, done.stderr
 
 
 def test_an_error_of_the_block_comes_through() -> None:
