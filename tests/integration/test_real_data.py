@@ -1,4 +1,5 @@
-"""Real chats and instructions train the real SmolLM2 from a configuration of a few lines, masked as they should be."""
+"""Real chats and instructions train from a configuration of a few lines, masked as they should be: GSM8K the real SmolLM2,
+the others a small model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from qlora_core import RunConfig, execute, resolve
 from qlora_core.data.mask import IGNORED
@@ -51,13 +53,29 @@ FILES = {
 }
 
 
+@pytest.fixture(scope="module")
+def small_model(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers with the tokenizer and the template of SmolLM2."""
+    folder = tmp_path_factory.mktemp("small")
+    config = transformers.AutoConfig.from_pretrained(
+        demo_folder, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2
+    )
+    config.layer_types = None
+    transformers.AutoTokenizer.from_pretrained(demo_folder).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.demo_model
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_file_trains_and_exactly_its_answers_are_supervised(name: str, demo_folder: Path, tmp_path: Path) -> None:
+def test_a_real_file_trains_and_exactly_its_answers_are_supervised(
+    name: str, demo_folder: Path, small_model: Path, tmp_path: Path
+) -> None:
     if not (SHARED / name).is_file():
         pytest.skip(f"{name} is not there")
-    text = LINES.format(model=demo_folder, path=SHARED / name, output=tmp_path / "run").strip()
+    real = "gsm8k" in name
+    text = LINES.format(model=demo_folder if real else small_model, path=SHARED / name, output=tmp_path / "run").strip()
     assert len(text.splitlines()) <= 10
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
     config, parts = resolve(RunConfig.read(tmp_path / "run.yaml"), Registry())
@@ -67,7 +85,7 @@ def test_a_real_file_trains_and_exactly_its_answers_are_supervised(name: str, de
     assert said <= answers
     assert len(said) > 0.7 * len(answers)  # the others are in chats that are too long
     finished = execute(config, parts)
-    assert 0 < finished.metrics["eval_loss"] < 5
+    assert 0 < finished.metrics["eval_loss"] < (5 if real else 12)  # a random model: ln(49,152) is 10.8
     assert (finished.run.adapter / "chat_template.jinja").is_file()
 
 
