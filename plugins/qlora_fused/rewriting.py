@@ -53,7 +53,8 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     if options.attention:
         done["attention"] = _attention(base, loops)
     if options.keep_pages and base.device.type == "cpu":
-        keep_pages()
+        sizes = [layer.in_features * layer.out_features for layer in layers]
+        keep_pages(max(sizes, default=0) * base.dtype.itemsize)
     logger.info("kernels fused: %s", ", ".join(f"{n} {what}" for what, n in done.items() if n) or "nothing here applies")
     missing = [what for what, n in done.items() if not n]
     if missing:

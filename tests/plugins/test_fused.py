@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -645,17 +647,40 @@ def replaced(model: Any) -> dict[str, int]:
 @pytest.mark.parametrize("left_out", [None, *PARTS])
 def test_each_option_switches_off_its_part_and_no_other(left_out: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[bool] = []
-    monkeypatch.setattr(rewriting, "keep_pages", lambda: kept.append(True))
+    monkeypatch.setattr(rewriting, "keep_pages", lambda largest: kept.append(largest == 64 * 128 * 4))
     torch.manual_seed(0)
     model: Any = inject_adapter(load_model(tiny_config(), NF4()), LoRA(r=4)).eval()
     ids = tiny_ids(model)
     with torch.no_grad():
         wanted = model(ids, use_cache=False).logits
     assert Fused(**({} if left_out is None else {left_out: False})).apply(model) is model
-    found = {**replaced(model), "keep_pages": len(kept)}
+    found = {**replaced(model), "keep_pages": sum(kept)}
     assert found == {part: 0 if part == left_out else count for part, count in PARTS.items()}
     with torch.no_grad():
         assert error(model(ids, use_cache=False).logits, wanted) < 1e-5
+
+
+PAGES = """
+import re, sys
+from qlora_fused.pages import keep_pages
+
+def anonymous():  # MiB
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+assert keep_pages(int(sys.argv[1]))
+for size in (16, 64):
+    block = bytearray(size * 2**20)
+    before = anonymous()
+    del block
+    print(round(before - anonymous()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+@pytest.mark.parametrize(("largest", "given_back"), [(2**25 - 1, [0, 0]), (2**25, [0, 64])])
+def test_freed_pages_are_kept_but_those_of_large_weights_where_there_are_some(largest: int, given_back: list[int]) -> None:
+    done = subprocess.run([sys.executable, "-c", PAGES, str(largest)], capture_output=True, text=True, timeout=60)
+    assert list(map(int, done.stdout.split())) == given_back, done.stderr
 
 
 # liger-kernel
