@@ -149,7 +149,11 @@ def test_a_signal_outside_of_training_ends_a_command_at_once(
     qlora: Callable[..., Any], odd: Callable[..., list[Any]], here: Path, name: str, code: int
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    result = qlora(*odd(early=f"__import__('os').kill(__import__('os').getpid(), __import__('signal').{name})"), "-q")
+    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        result = qlora(*odd(early=f"__import__('os').kill(__import__('os').getpid(), __import__('signal').{name})"), "-q")
+    finally:
+        signal.signal(signal.SIGINT, sigint)
     assert (result.code, result.out, result.err.strip()) == (code, "", "stopped")
     assert not (here / "out").exists()
     assert signal.getsignal(signal.SIGTERM) == before
