@@ -13,27 +13,39 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import picture
 from compare import Bench, demo_model_folder
 from machine import machine
+from process import Reading
 from settings import Setting
 
 WINDOW = 10  # steps that a point of the picture is the mean of
 IN_ORDER = "training.extra.train_sampling_strategy=sequential"
 
 
-def measure(bench: Bench, setting: Setting, seeds: list[int]) -> dict[str, list[float]]:
-    """Return the losses of each run, by its name."""
-    found = {}
-    for seed in seeds:
-        peer = bench.train_peer("trainer", setting, bench.steps, ("--in-order", "--seed", str(seed)))
-        found[f"Trainer, seed {seed}"] = peer.report["losses"]
-        print(f"Trainer, seed {seed}: ends at {found[f'Trainer, seed {seed}'][-1]:.4f}", flush=True)
-    ours = bench.train_ours(setting, bench.steps, (IN_ORDER, f"training.seed={seeds[0]}"))
-    return {**found, "qlora-core": ours.report["losses"]}
+def measure(bench: Bench, setting: Setting, seeds: list[int], file: Path) -> dict[str, list[float]]:
+    """Return the losses of each run, by its name. Each is written to *file* at once; what that has is not measured again."""
+    name = f"{bench.model.name}, {bench.steps} steps of {setting.batch} x {setting.seq} tokens"
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if report.get("name") != name:
+        report = {"name": name, "machine": machine(), "losses": {}}
+    runs: dict[str, Callable[[], Reading]] = {
+        f"Trainer, seed {seed}": partial(bench.train_peer, "trainer", setting, bench.steps, ("--in-order", "--seed", str(seed)))
+        for seed in seeds
+    }
+    runs["qlora-core"] = partial(bench.train_ours, setting, bench.steps, (IN_ORDER, f"training.seed={seeds[0]}"))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for who, run in runs.items():
+        if who not in report["losses"]:
+            report["losses"][who] = run().report["losses"]
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"{who}: ends at {report['losses'][who][-1]:.4f}", flush=True)
+    return {who: report["losses"][who] for who in runs}
 
 
 def apart(one: Sequence[float], other: Sequence[float]) -> float:
@@ -62,15 +74,12 @@ def main() -> None:
     model = options.model or demo_model_folder()
     bench = Bench(model, options.scratch.absolute(), None, options.steps, [])
     setting = Setting("curves", "", seq=options.seq, batch=options.batch)
-    found = measure(bench, setting, [int(seed) for seed in options.seeds.split(",")])
+    found = measure(bench, setting, [int(seed) for seed in options.seeds.split(",")], options.json)
     ours, peers = found["qlora-core"], [losses for name, losses in found.items() if name != "qlora-core"]
     noise = [apart(a, b) for a, b in itertools.combinations(peers, 2)]
     away = [apart(ours, losses) for losses in peers]
     print(f"two runs of the peer are {min(noise):.4f} to {max(noise):.4f} nats apart")
     print(f"ours is {min(away):.4f} to {max(away):.4f} from them: {'met' if max(away) <= max(noise) else 'not met'}")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(), "model": model.name, "losses": found, "noise": noise, "ours_from_peers": away}
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.svg:
         title = f"Loss of {options.steps} steps of {options.batch} x {options.seq} tokens, mean of {WINDOW} steps"
         curves = {name: smooth(losses) for name, losses in found.items()}

@@ -16,6 +16,8 @@ from qlora_core import __version__
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 SECONDS = 0.6  # in which a light command answers; of processor time, so that a busy machine does not fail the test
+BELOW = "pluggy, pydantic, rich.console, typer, yaml"  # what every command imports
+SHARE = 3.5  # of the time that these imports take, where a slow machine takes long for them, too
 TRIES = 8  # beside other work on the same core a process takes longer
 
 COMMANDS = [
@@ -116,16 +118,17 @@ def test_what_needs_no_model_imports_nothing_heavy(light_folder: Path, arguments
 
 @pytest.mark.parametrize("arguments", ["--help", "train --help", "plugins list", "config show right.yaml", "train wrong.yaml"])
 def test_what_needs_no_model_answers_at_once(light_folder: Path, arguments: str) -> None:
-    def seconds() -> float:
+    def seconds(code: str, *words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", "from qlora_core.cli.main import main; main()", *arguments.split()]
+        command = [sys.executable, "-c", code, *words]
         subprocess.run(command, capture_output=True, check=False, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    best = SECONDS
+    tries = []
     for _ in range(TRIES):
-        best = min(best, seconds())
-        if best < SECONDS:
-            break
-    assert best < SECONDS
+        took = seconds("from qlora_core.cli.main import main; main()", *arguments.split())
+        tries.append((took, max(SECONDS, SHARE * seconds(f"import {BELOW}"))))
+        if took < tries[-1][1]:
+            return
+    pytest.fail(f"seconds and those allowed: {tries}")
