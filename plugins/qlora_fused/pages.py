@@ -14,11 +14,11 @@ LARGE = 2**25  # bytes; the most that M_MMAP_THRESHOLD may be
 def keep_pages(largest: int) -> bool:
     """Let the C library give freed memory back to the system only at the end; return whether it does (glibc only).
 
-    The peak of a training run stays what it is, within a few per cent: each step needs the same memory again. A weight of
-    2,048 x 4,096 is dequantised in a sixth of the time that it takes in fresh pages.
+    Each step needs the same memory again, and new pages cost more time than what is done in them.
 
-    *largest* is the size of the largest weight, bytes. From LARGE on, blocks of that size are left out: of several such sizes
-    none fits into the gaps that others leave, and the peak would be four times as high.
+    *largest* is the size of the largest weight, bytes. From LARGE on, blocks of that size are given back all the same: of
+    several such sizes none fits into the gaps that others leave. Four layers of Llama 7B's size, in float32, peaked at
+    5.26 GB with all pages kept, and at 1.19 GB so.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

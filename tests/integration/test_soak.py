@@ -36,8 +36,8 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(
 ) -> None:
     text = text_file.read_text(encoding="utf-8")[:3_000]
     text_file.write_text(text, encoding="utf-8")
-    report = soaked(tiny_model, text_file, "--kills", "2", *(word for change in changes for word in ("--set", change)))
-    assert report["kills"] == 2
+    report = soaked(tiny_model, text_file, "--kills", "3", *(word for change in changes for word in ("--set", change)))
+    assert report["kills"] == 3
     assert report["differences"] == []
     compared = report["compared"]
     assert isinstance(compared, list)
