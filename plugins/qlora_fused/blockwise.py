@@ -1,12 +1,14 @@
 """Causal attention in blocks of query rows, by plain matrix products: on CPUs faster than torch's, and exact to its rounding.
 
-Blocks above the diagonal are skipped; the scores of a block are float32, and heads that share keys share the products.
-Registered in transformers as the attention `blockwise`, and as `blockwise_compiled` with compiled loops for the softmax; what
-it does not apply to goes to `sdpa`.
+Blocks above the diagonal are skipped; the scores of a block are float32, and heads that share keys share the products. Of the
+probabilities only the logarithms of their sums are saved, one for a query (Dao, FlashAttention-2, section 3.1): memory grows
+with the length, not with its square. Registered in transformers as the attention `blockwise`, and as `blockwise_compiled` with
+compiled loops for the softmax; what it does not apply to goes to `sdpa`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ __all__ = ["BLOCKWISE", "COMPILED", "attention"]
 
 BLOCKWISE, COMPILED = "blockwise", "blockwise_compiled"
 ROWS = 128  # of queries in a block; measured
-SAVED = 2 * 2**20  # bytes of the probabilities of a layer up to which they are saved, not made again
 
 
 class Blockwise(torch.autograd.Function):
@@ -30,61 +31,95 @@ class Blockwise(torch.autograd.Function):
         shared = k.shape[1]
         pairs, share = batch * shared, heads // shared
         q, k, v = q.reshape(pairs, share, length, width), k.reshape(pairs, length, width), v.reshape(pairs, length, -1)
+        loops = loops if loops is not None and q.dtype in loops.DTYPES else None
         keys = k.transpose(1, 2).float()
         out = q.new_empty(batch, length, shared, share, v.shape[-1])
-        kept: list[Tensor] = []
-        keep = batch * heads * length * length // 2 * q.element_size() <= SAVED
-        ctx.loops = loops if loops is not None and q.dtype in loops.DTYPES else None
-        for start in range(0, length, ROWS):
-            end = min(start + ROWS, length)
-            p = _probabilities(q[:, :, start:end], keys, scale, start, ctx.loops)
-            o = torch.bmm(p, v[:, :end])
+        sums = torch.empty(pairs, share, length)
+        for start, end in _blocks(length):
+            p, part = _softmax(_scores(q[:, :, start:end], keys[:, :, :end], scale), start, end, q.dtype, loops)
+            o = _products(p, v[:, :end])
             out[:, start:end] = o.view(batch, shared, share, end - start, -1).permute(0, 3, 1, 2, 4)
-            if keep:
-                kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.scale, ctx.shape = scale, (batch, shared)
+            sums[:, :, start:end] = part.view(pairs, share, end - start)
+        ctx.save_for_backward(q, k, v, sums)
+        ctx.scale, ctx.loops, ctx.shape = scale, loops, (batch, shared)
         return out.flatten(2, 3)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k and v."""
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, sums = ctx.saved_tensors
         batch, shared = ctx.shape
         pairs, share, length, width = q.shape
-        keys = None if kept else k.transpose(1, 2).float()
+        keys, values = k.transpose(1, 2).float(), v.transpose(1, 2)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         do = do.view(batch, length, shared, share, -1)
-        values = v.transpose(1, 2)
-        for index, start in enumerate(range(0, length, ROWS)):
-            end = min(start + ROWS, length)
-            queries = q[:, :, start:end].reshape(pairs, -1, width)
-            p = kept[index] if kept else _probabilities(q[:, :, start:end], keys, ctx.scale, start, ctx.loops)
+        for start, end in _blocks(length):
+            queries = q[:, :, start:end].flatten(1, 2)
             doi = do[:, start:end].permute(0, 2, 3, 1, 4).reshape(pairs, share * (end - start), -1)
-            dv[:, :end] += torch.bmm(p.transpose(1, 2), doi)
-            ds = torch._softmax_backward_data(torch.bmm(doi, values[:, :, :end]), p, -1, p.dtype)
-            dq[:, :, start:end] = torch.bmm(ds, k[:, :end]).mul_(ctx.scale).view(pairs, share, end - start, width)
-            dk[:, :end] += torch.bmm(ds.transpose(1, 2), queries)
+            scores = _scores(q[:, :, start:end], keys[:, :, :end], ctx.scale)
+            dp = _products(doi, values[:, :, :end])
+            p, ds = _softmax_backward(scores, dp, sums[:, :, start:end].flatten(1), start, end, ctx.loops)
+            dv[:, :end] += _products(p.transpose(1, 2), doi)
+            dq[:, :, start:end] = _products(ds, k[:, :end]).mul_(ctx.scale).view(pairs, share, end - start, width)
+            dk[:, :end] += _products(ds.transpose(1, 2), queries)
         dk, dv = (grad.to(q.dtype).view(batch, shared, length, -1) for grad in (dk.mul_(ctx.scale), dv))
         return dq.view(batch, -1, length, width), dk, dv, None, None
 
 
-def _probabilities(q: Tensor, keys: Tensor | None, scale: float, start: int, loops: Any) -> Tensor:
-    """Return the softmax of the scores (pairs, share * rows, end) of the queries from *start* on, in the dtype of q."""
-    assert keys is not None
-    pairs, share, size, width = q.shape
-    end = start + size
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Yield the first of each block of queries, and the one after the last."""
+    return ((start, min(start + ROWS, length)) for start in range(0, length, ROWS))
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix products of pairs, a (pairs, m, k) with b (pairs, k, n)."""
+    if len(a) % 2 == 0 or a.dtype != torch.float32:
+        return torch.bmm(a, b)
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    for one, other, product in zip(
+        a, b, out, strict=True
+    ):  # in float32 a thread is given whole pairs: 3 of them keep 2 waiting
+        torch.mm(one, other, out=product)
+    return out
+
+
+def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the scores (pairs, share * rows, n) float32 of q (pairs, share, rows, d) with keys (pairs, d, n) float32."""
     # products of bfloat16 come out rounded to it, which is too coarse for an exponent
     with torch.autocast(q.device.type, enabled=False):  # where the backward pass is called in it
-        scores = torch.bmm(q.reshape(pairs, -1, width).to(torch.float32, copy=True).mul_(scale), keys[:, :, :end])
+        return _products(q.flatten(1, 2).to(torch.float32, copy=True).mul_(scale), keys)
+
+
+def _softmax(scores: Tensor, start: int, end: int, dtype: torch.dtype, loops: Any) -> tuple[Tensor, Tensor]:
+    """Return the probabilities (pairs, share * rows, end), of *dtype*, and the logarithms of their sums, float32.
+
+    *scores*, of the queries from *start* on, may be written over.
+    """
     if loops is not None:
-        return loops.probabilities(scores, start, size, q.dtype)  # type: ignore[no-any-return]
-    scores.view(pairs, share, size, end)[..., start:].masked_fill_(
-        torch.ones(size, size, dtype=torch.bool).triu_(1), -torch.inf
-    )
-    return torch.softmax(scores, -1).to(q.dtype)
+        return loops.softmax(scores, start, end - start, dtype)  # type: ignore[no-any-return]
+    _hide_later(scores, start)
+    return torch.softmax(scores, -1).to(dtype), scores.logsumexp(-1)
+
+
+def _softmax_backward(scores: Tensor, dp: Tensor, sums: Tensor, start: int, end: int, loops: Any) -> tuple[Tensor, Tensor]:
+    """Return the probabilities p and the gradients of the scores, p * (dp - sum of p * dp), of the dtype of *dp*.
+
+    scores, dp: (pairs, share * rows, end), which may be written over; sums: (pairs, share * rows) float32.
+    """
+    if loops is not None:
+        return loops.softmax_backward(scores, dp, sums, start, end - start)  # type: ignore[no-any-return]
+    p = _hide_later(scores.sub_(sums[..., None]), start).exp_()
+    return p.to(dp.dtype), torch._softmax_backward_data(dp.float(), p, -1, p.dtype).to(dp.dtype)
+
+
+def _hide_later(scores: Tensor, start: int) -> Tensor:
+    """Return *scores* where those of keys that come after their query are set to minus infinity."""
+    rows = scores.shape[-1] - start
+    later = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
+    scores.view(len(scores), -1, rows, scores.shape[-1])[..., start:].masked_fill_(later, -torch.inf)
+    return scores
 
 
 def attention(

@@ -30,7 +30,17 @@ from qlora_fused.jit import (
     to_order,
 )
 
-__all__ = ["DTYPES", "GATES", "gated", "gated_backward", "probabilities", "rms_norm", "rms_norm_backward", "rotated"]
+__all__ = [
+    "DTYPES",
+    "GATES",
+    "gated",
+    "gated_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotated",
+    "softmax",
+    "softmax_backward",
+]
 
 ZERO, HALF, TWO, THREE = (np.float32(number) for number in (0, 0.5, 2, 3))
 CUBIC, ROOT = np.float32(0.044715), np.float32(0.7978845608)  # sqrt(2 / pi)
@@ -235,9 +245,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: int) -> Tens
 
 
 @Loop
-def _probabilities(a: Any) -> None:
+def _softmax(a: Any) -> None:
     at = numbers(a)
-    scores, p, rows, width, first, queries, size = floats(at[2]), elements(a, at[3]), at[4], at[5], at[6], at[7], at[8]
+    scores, p, sums = floats(at[2]), elements(a, at[3]), floats(at[4])
+    rows, width, first, queries, size = at[5], at[6], at[7], at[8], at[9]
     block = take(a)
     while block < at[1]:
         for row in range(block * size, min(rows, (block + 1) * size)):
@@ -250,6 +261,7 @@ def _probabilities(a: Any) -> None:
                 e = exp(scores[start + i] - highest)
                 scores[start + i] = e
                 total += e
+            sums[row] = highest + np.log(total)
             factor = ONE / total
             for i in range(seen):
                 put(p, start + i, scores[start + i] * factor)
@@ -258,12 +270,51 @@ def _probabilities(a: Any) -> None:
         block = take(a)
 
 
-def probabilities(scores: Tensor, start: int, queries: int, dtype: torch.dtype) -> Tensor:
+def softmax(scores: Tensor, first: int, queries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the softmax, of *dtype*, of *scores* (pairs, share * queries, width) float32, which is written over.
 
-    The queries are those from *start* on, and each sees the keys up to its own.
+    The queries are those from *first* on, and each sees the keys up to its own. The second is the logarithm of each query's
+    sum of exponentials, (pairs, share * queries) float32.
     """
     p = scores if dtype == torch.float32 else torch.empty_like(scores, dtype=dtype)
-    rows, width = scores.shape[0] * scores.shape[1], scores.shape[2]
-    _probabilities(dtype, -(-rows // (size := _rows(rows, width))), scores, p, rows, width, start, queries, size)
-    return p
+    sums = scores.new_empty(scores.shape[:2])
+    rows, width = sums.numel(), scores.shape[2]
+    _softmax(dtype, -(-rows // (size := _rows(rows, width))), scores, p, sums, rows, width, first, queries, size)
+    return p, sums
+
+
+@Loop
+def _softmax_backward(a: Any) -> None:
+    at = numbers(a)
+    scores, dp, sums, p = floats(at[2]), elements(a, at[3]), floats(at[4]), elements(a, at[5])
+    rows, width, first, queries, size = at[6], at[7], at[8], at[9], at[10]
+    block = take(a)
+    while block < at[1]:
+        for row in range(block * size, min(rows, (block + 1) * size)):
+            start, seen = row * width, first + row % queries + 1
+            log_sum, mean = sums[row], ZERO
+            for i in range(start, start + seen):  # (one array to a loop that writes over it: others might be the same)
+                scores[i] = exp(scores[i] - log_sum)
+            for i in range(start, start + seen):
+                mean += scores[i] * get(dp, i)
+            for i in range(start, start + seen):
+                put(dp, i, scores[i] * (get(dp, i) - mean))
+            if at[5] != at[2]:
+                for i in range(start, start + seen):
+                    put(p, i, scores[i])
+            for i in range(start + seen, start + width):
+                put(p, i, ZERO)
+                put(dp, i, ZERO)
+        block = take(a)
+
+
+def softmax_backward(scores: Tensor, dp: Tensor, sums: Tensor, first: int, queries: int) -> tuple[Tensor, Tensor]:
+    """Return p = exp(scores - sums), of the dtype of dp, and p * (dp - sum of p * dp); both are written over what is given.
+
+    scores: (pairs, share * queries, width) float32; dp: the same of any dtype; sums, as `softmax` returns them.
+    """
+    p = scores if dp.dtype == torch.float32 else torch.empty_like(dp)
+    rows, width = sums.numel(), scores.shape[2]
+    blocks = -(-rows // (size := _rows(rows, width)))
+    _softmax_backward(dp.dtype, blocks, scores, dp, sums, p, rows, width, first, queries, size)
+    return p, dp
