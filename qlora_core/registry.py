@@ -177,9 +177,10 @@ class Registry:
 
     def _add(self, name: str, found: list[EntryPoint], *, blocked: bool) -> None:
         entry = found[0]
-        plugin = Plugin(name, module_of(entry), *_distribution(entry), blocked=blocked)
-        if len({(e.value, _distribution(e)) for e in found}) > 1:
-            owners = " and ".join(f"{_distribution(e)[0]} ({e.value})" for e in found)
+        distributions = [_distribution(e) for e in found]
+        plugin = Plugin(name, module_of(entry), *distributions[0], blocked=blocked)
+        if len({(e.value, own) for e, own in zip(found, distributions, strict=True)}) > 1:
+            owners = " and ".join(f"{own[0]} ({e.value})" for e, own in zip(found, distributions, strict=True))
             plugin = replace(
                 plugin,
                 failure=f"two distributions use the entry-point name {name!r}: {owners}; uninstall one of them, "
@@ -287,8 +288,10 @@ def module_of(entry: EntryPoint) -> str:
 
 
 def _distribution(entry: EntryPoint) -> tuple[str, str]:
-    dist = entry.dist
-    return (dist.name, dist.version) if dist is not None else ("", "")
+    if entry.dist is None:
+        return "", ""
+    metadata = entry.dist.metadata  # (read and parsed each time that it is asked for)
+    return metadata["Name"], metadata["Version"]
 
 
 def _load(entry: EntryPoint) -> Any:
