@@ -2,8 +2,9 @@
 
     python growth.py [--lengths 1024,2048,4096,8192] [--peer-until 8192] [--svg docs/images/memory.svg]
 
-One sequence per step, three steps, each length in a process of its own. Linear growth means that the bytes per further token
-stay the same from one length to the next; they are printed. A peer that fails, for want of memory, is left out from there on.
+One sequence per step, three steps, each length in a process of its own; what was cut off goes on where it was. Linear growth
+means that the bytes per further token stay the same from one length to the next; they are printed. A peer that fails, for want
+of memory, is left out from there on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +29,31 @@ NAMES = {"ours": "qlora-core", "trainer": "Trainer by hand"}
 Peaks = dict[str, dict[int, dict[str, Any]]]
 
 
-def measure(bench: Bench, lengths: list[int], peer_until: int) -> Peaks:
-    """Return the figures by who and length."""
-    found: Peaks = {"ours": {}, "trainer": {}}
+def measure(bench: Bench, lengths: list[int], peer_until: int, file: Path) -> Peaks:
+    """Return the figures by who and length. Each is written to *file* at once; what that has is not measured again."""
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if report.get("model") != bench.model.name:
+        report = {"machine": machine(), "model": bench.model.name, "runs": {"ours": {}, "trainer": {}}}
+    file.parent.mkdir(parents=True, exist_ok=True)
     for length in lengths:
         setting = Setting(f"growth-{length}", "", seq=length, batch=1, checkpointing=True)
-        found["ours"][length] = figures(setting, bench.train_ours(setting, STEPS))
+        runs = {"ours": partial(bench.train_ours, setting, STEPS)}
         if length <= peer_until:
+            runs["trainer"] = partial(bench.train_peer, "trainer", setting, STEPS)
+        for who, run in runs.items():
+            known = report["runs"][who]
             try:
-                found["trainer"][length] = figures(setting, bench.train_peer("trainer", setting, STEPS))
+                known[str(length)] = known.get(str(length)) or figures(setting, run())
             except ChildError as error:
-                print(f"Trainer by hand fails at {length}: {str(error).splitlines()[-1]}")
+                if who == "ours":
+                    raise
+                print(f"{NAMES[who]} fails at {length}: {str(error).splitlines()[-1]}", flush=True)
                 peer_until = 0
-        for who, runs in found.items():
-            if length in runs:
-                print(f"{length:6,} tokens, {who}: {runs[length]['peak'] / 1e9:.2f} GB, {runs[length]['rate']:,.0f} tokens/s")
-    return found
+                continue
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            peak, rate = known[str(length)]["peak"], known[str(length)]["rate"]
+            print(f"{length:6,} tokens, {NAMES[who]}: {peak / 1e9:.2f} GB, {rate:,.0f} tokens/s", flush=True)
+    return {who: {int(length): run for length, run in runs.items()} for who, runs in report["runs"].items()}
 
 
 def slopes(peaks: dict[int, float]) -> list[float]:
@@ -63,14 +74,11 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model or demo_model_folder()
     bench = Bench(model, options.scratch.absolute(), None, STEPS, options.overrides)
-    found = measure(bench, [int(length) for length in options.lengths.split(",")], options.peer_until)
+    found = measure(bench, [int(length) for length in options.lengths.split(",")], options.peer_until, options.json)
     peaks = {who: {length: run["peak"] for length, run in runs.items()} for who, runs in found.items() if runs}
-    growth = {who: slopes(of) for who, of in peaks.items()}
-    for who, each in growth.items():
-        print(f"{who}: {', '.join(f'{slope / 1e3:,.0f}' for slope in each)} kB per further token, from each length to the next")
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(), "model": model.name, "runs": found, "bytes_per_further_token": growth}
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for who, of in peaks.items():
+        each = ", ".join(f"{slope / 1e3:,.0f}" for slope in slopes(of))
+        print(f"{NAMES[who]}: {each} kB per further token, from each length to the next")
     if options.svg:
         series = {NAMES[who]: [(length, peak / 1e9) for length, peak in of.items()] for who, of in peaks.items()}
         title = "Peak memory of a training step with gradient checkpointing"
