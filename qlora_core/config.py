@@ -192,7 +192,7 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="clip the gradient's norm to this; 0 switches clipping off")
     optimizer: str = Field(
         "adamw_torch_fused",
-        description="by the Trainer's names (optim); 8-bit ones keep 2.4 bytes per trained parameter, not 8, and are slow on CPUs",
+        description="by the Trainer's names (optim); 8-bit ones keep 2.4 bytes per trained weight, not 8, and are slow on CPUs",
     )
     gradient_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
         "auto",

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qlora_core.errors import ConfigError, ModelError, Problem
 from qlora_core.validation import did_you_mean
-from qlora_peft.injection import ALL_LINEAR, check_modules_to_save, first_line, refusals
+from qlora_peft.injection import ALL_LINEAR, check_modules_to_save, first_line, refusals, without_own_warnings
 from qlora_peft.methods import LENGTHENS, NEVER, OWN_TARGETS, OWNED, PLAIN_INIT, REQUIRED
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def check_names(skeleton: transformers.PreTrainedModel, options: AnyPEFTOptions)
 
 def inject(model: transformers.PreTrainedModel, options: AnyPEFTOptions) -> PeftModel:
     """Return *model* with the adapter that *options* describe."""
-    with refusals("peft"):
+    with refusals("peft"), without_own_warnings():
         adapted = get_peft_model(model, peft_config(options))
     return mend(adapted)
 

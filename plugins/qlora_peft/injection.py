@@ -78,6 +78,15 @@ def check_modules_to_save(skeleton: transformers.PreTrainedModel, names: Sequenc
 
 
 @contextlib.contextmanager
+def without_own_warnings() -> Iterator[None]:
+    """Hide what PEFT warns of that is between it and transformers, and nothing to a user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # Conv1D: PEFT mends the setting itself
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT uses the name from before
+        yield
+
+
+@contextlib.contextmanager
 def refusals(adapter: str) -> Iterator[None]:
     """Turn what PEFT raises, for a model or options that it can't work with, into a ModelError that names *adapter*."""
     try:
@@ -97,8 +106,7 @@ def first_line(error: BaseException) -> str:
 def inject(model: transformers.PreTrainedModel, options: LoRAOptions, new_token_ids: Sequence[int]) -> PeftModel:
     """Return *model* with LoRA layers, A and B in float32."""
     config = lora_config(options, _token_rows(model, new_token_ids) if new_token_ids else None)
-    with refusals("lora"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # Conv1D: PEFT mends the setting itself
+    with refusals("lora"), without_own_warnings():
         adapted = get_peft_model(model, config)
         if options.init == "pissa":
             # PiSSA has changed the base weights. With its initial A and B the trained adapter becomes a LoRA of twice the
@@ -134,7 +142,8 @@ def load(model: transformers.PreTrainedModel, folder: Path) -> PeftModel:
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("megatron_config") is not None:  # for it PEFT imports the module that `megatron_core` names
         raise ModelError(f"{folder}: adapter_config.json sets megatron_config, for which code would be imported; remove it")
-    return PeftModel.from_pretrained(model, str(folder))
+    with without_own_warnings():
+        return PeftModel.from_pretrained(model, str(folder))
 
 
 def _set(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:

@@ -305,6 +305,17 @@ def test_what_peft_refuses_while_injecting_names_the_adapter(tiny_model: Path) -
         LoRA(target_modules=["input_layernorm"]).inject(load_model(str(tiny_model), NoQuantizer()))
 
 
+@pytest.mark.parametrize("adapter", [LoRA(r=4), AnyPEFT(method="ia3")])
+def test_adding_saving_and_loading_an_adapter_warns_of_nothing(
+    adapter: Any, tiny_model: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    adapter.save(adapter.inject(load_model(str(tiny_model), NF4())), tmp_path / "adapter")
+    adapter.load(load_model(str(tiny_model), NF4()), tmp_path / "adapter")
+    assert [
+        str(one.message) for one in recwarn if "peft" in str(one.message).lower() or "checkpointing" in str(one.message)
+    ] == []
+
+
 @pytest.mark.parametrize("method", ["ia3", "vera", "oft", "prompt_tuning"])
 def test_a_run_trains_a_method_and_peft_itself_loads_it(method: str, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     finished = finetune(
