@@ -1,6 +1,6 @@
 """The loss of each step: ours beside the Trainer wired by hand, on the same rows in the same order.
 
-    python curves.py [--steps 200] [--seq 128] [--batch 1] [--seeds 0,1,2] [--svg docs/images/curves.svg]
+    python curves.py [--steps 200] [--seq 128] [--batch 1] [--seeds 0,1,2] [--resume] [--svg docs/images/curves.svg]
 
 The peer runs once with each seed, which is that of its adapter's first values alone; ours runs with the first seed. How far two
 runs of the peer are apart is its noise; ours is to be no farther from the peer's run with the same seed.
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import picture
 from compare import Bench, demo_model_folder
-from machine import machine
+from kept import Kept
 from process import Reading
 from settings import Setting
 
@@ -28,24 +26,18 @@ WINDOW = 10  # steps that a point of the picture is the mean of
 IN_ORDER = "training.extra.train_sampling_strategy=sequential"
 
 
-def measure(bench: Bench, setting: Setting, seeds: list[int], file: Path) -> dict[str, list[float]]:
-    """Return the losses of each run, by its name. Each is written to *file* at once; what that has is not measured again."""
-    name = f"{bench.model.name}, {bench.steps} steps of {setting.batch} x {setting.seq} tokens"
-    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if report.get("name") != name:
-        report = {"name": name, "machine": machine(), "losses": {}}
+def measure(bench: Bench, setting: Setting, seeds: list[int], kept: Kept) -> dict[str, list[float]]:
+    """Return the losses of each run, by its name."""
     runs: dict[str, Callable[[], Reading]] = {
         f"Trainer, seed {seed}": partial(bench.train_peer, "trainer", setting, bench.steps, ("--in-order", "--seed", str(seed)))
         for seed in seeds
     }
     runs["qlora-core"] = partial(bench.train_ours, setting, bench.steps, (IN_ORDER, f"training.seed={seeds[0]}"))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    found = {}
     for who, run in runs.items():
-        if who not in report["losses"]:
-            report["losses"][who] = run().report["losses"]
-            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(f"{who}: ends at {report['losses'][who][-1]:.4f}", flush=True)
-    return {who: report["losses"][who] for who in runs}
+        found[who] = kept.reading(who, lambda run=run: run().report["losses"])
+        print(f"{who}: ends at {found[who][-1]:.4f}", flush=True)
+    return found
 
 
 def apart(one: Sequence[float], other: Sequence[float]) -> float:
@@ -69,12 +61,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder; the model of `qlora demo` by default")
     parser.add_argument("--scratch", type=Path, default=Path("build/bench"))
     parser.add_argument("--json", type=Path, default=Path("build/curves.json"))
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the JSON file has")
     parser.add_argument("--svg", type=Path, help="where to draw it, such as docs/images/curves.svg")
     options = parser.parse_args()
     model = options.model or demo_model_folder()
     bench = Bench(model, options.scratch.absolute(), None, options.steps, [])
     setting = Setting("curves", "", seq=options.seq, batch=options.batch)
-    found = measure(bench, setting, [int(seed) for seed in options.seeds.split(",")], options.json)
+    work = f"{model.name}, {options.steps} steps of {options.batch} x {options.seq} tokens"
+    kept = Kept(options.json, work, resume=options.resume)
+    found = measure(bench, setting, [int(seed) for seed in options.seeds.split(",")], kept)
     ours, peers = found["qlora-core"], [losses for name, losses in found.items() if name != "qlora-core"]
     noise = [apart(a, b) for a, b in itertools.combinations(peers, 2)]
     away = apart(ours, peers[0])

@@ -25,6 +25,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
         "compare",
         "curves",
         "growth",
+        "kept",
         "ladder",
     ]
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
@@ -144,6 +145,16 @@ def test_names_of_curves_that_end_in_one_point_do_not_cover_each_other(bench: An
     levels = {text.text: float(text.get("y")) for text in ElementTree.fromstring(chart).iter() if text.get("style")}
     assert levels["two"] == levels["one"] + 16
     assert levels["three"] > levels["two"] + 16
+
+
+def test_a_reading_is_in_the_file_at_once_and_kept_only_where_that_is_wanted(bench: Any, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "readings.json"
+    first = bench.kept.Kept(file, "work", resume=True)
+    assert first.reading("one", lambda: 1) == 1
+    assert first.reading("one", lambda: 2) == 1
+    assert bench.kept.Kept(file, "work", resume=True).reading("one", lambda: 3) == 1
+    assert bench.kept.Kept(file, "other work", resume=True).reading("one", lambda: 4) == 4
+    assert bench.kept.Kept(file, "other work", resume=False).reading("one", lambda: 5) == 5
 
 
 def test_curves_are_apart_by_the_root_of_the_mean_square(bench: Any) -> None:

@@ -17,7 +17,7 @@ from qlora_core import __version__
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "numpy")
 SECONDS = 0.6  # in which a light command answers; of processor time, so that a busy machine does not fail the test
 BELOW = "pluggy, pydantic, rich.console, typer, yaml"  # what every command imports
-SHARE = 3.5  # of the time that these imports take, where a slow machine takes long for them, too
+SHARE = 2.5  # of the time that these imports take, where a slow machine takes long for them, too
 TRIES = 8  # beside other work on the same core a process takes longer
 
 COMMANDS = [
