@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from qlora_core.training.order import EpochOrder, FollowEpochs
 from qlora_core.training.recompute import MODES, Mode, keep_all, settle
 
 __all__ = ["QLoRATrainer"]
+
+logger = logging.getLogger("qlora_core")
 
 
 class QLoRATrainer(transformers.Trainer):
@@ -117,6 +120,16 @@ class QLoRATrainer(transformers.Trainer):
 
             self.compute_loss_func = loss
             return super().compute_loss(model, {**taken, "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, or nothing where the run was resumed from its end: the library looks only after a further step."""
+        step, last = self.state.global_step, self.state.max_steps
+        if step < last:
+            super()._run_epoch(*args, **kwargs)
+            return
+        if step > last:
+            logger.warning("nothing is left to train: the checkpoint is of step %d, and the run ends at step %d", step, last)
+        self.control.should_training_stop = True
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the loss of a batch, whose gradients are added up."""

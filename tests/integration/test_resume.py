@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,40 @@ def test_resuming_from_a_named_checkpoint_goes_back_to_it(run: Callable[..., Fin
     assert [p.name for p in again.run.checkpoints()] == ["step-2", "step-4", "step-6"]
     by_name = run(training=training, resume="step-4")
     assert timeless(by_name) == lines
+
+
+@pytest.mark.parametrize(
+    ("data", "training"),
+    [
+        ({}, {"max_steps": 3}),
+        ({}, {"max_steps": None, "epochs": 0.3, "batch_size": 16}),
+        ({}, {"max_steps": None, "epochs": 1.0, "batch_size": 64}),
+        ({"streaming": True, "eval_fraction": 0.0}, {"max_steps": 3}),
+    ],
+    ids=["steps", "a-part-of-an-epoch", "an-epoch", "stream"],
+)
+def test_resuming_a_run_that_came_to_its_end_trains_nothing_and_writes_the_same_adapter(
+    run: Callable[..., Finished], data: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """As where it was killed between its last checkpoint and its adapter."""
+    finished = run(data=data, training=training)
+    end, lines = finished.run.checkpoints()[-1], timeless(finished)
+    adapter = (finished.run.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(finished.run.adapter)
+    again = run(data=data, training=training, resume=True)
+    assert [path.name for path in again.run.checkpoints()] == [end.name]
+    assert timeless(again) == lines
+    assert (again.run.adapter / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_resuming_with_fewer_steps_than_were_trained_says_that_none_is_left(
+    run: Callable[..., Finished], caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = timeless(run())
+    with caplog.at_level("WARNING", "qlora_core"):
+        again = run(training={"max_steps": 2}, resume=True)
+    assert "nothing is left to train: the checkpoint is of step 3, and the run ends at step 2" in caplog.text
+    assert timeless(again) == lines
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_untouched(run: Callable[..., Finished], tmp_path: Path) -> None:
