@@ -2,7 +2,8 @@
 
 `none` keeps all, `full` only the input of each layer. `selective` computes again those parts of layers that give back the
 most memory for their time, found in one forward pass of the run's own shape; `auto` is the first of the three for which there
-is room. The bits of losses and gradients are those of `none`: what is computed again draws the same random numbers.
+is room, by the same pass, or by one of a short row where there is plenty. The bits of losses and gradients are those of `none`:
+what is computed again draws the same random numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from qlora_core.errors import ModelError
 from qlora_core.training.activations import Activations, Place, measure
 from qlora_core.training.available import available_bytes
 
-__all__ = ["MODES", "Mode", "Needs", "Plan", "choose", "keep_all", "layers_of", "plan", "recompute", "settle"]
+__all__ = ["MODES", "Mode", "Needs", "Plan", "at_most", "choose", "keep_all", "layers_of", "plan", "recompute", "settle"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -36,6 +37,10 @@ SPREAD = {"cpu": 1.5}  # times what is kept, for gaps between it and what passes
 ELSEWHERE = 1.2  # a guess, never measured
 FIXED = 100 * 2**20  # what libraries set up in the first step
 ROOM = 0.75  # of the available memory is planned with: estimates were up to 24 % too low
+PART = 4  # times shorter is the row that shows whether there is plenty of memory
+
+Forward = Callable[[int, int], Any]
+"""Runs a forward pass, loss included, of so many rows of so many tokens."""
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -109,6 +114,17 @@ class Plan:
     needs: Needs
 
 
+def at_most(model: torch.nn.Module, forward: Forward, rows: int, tokens: int) -> int:
+    """Return bytes that a step of *rows* x *tokens* does not exceed, on top of what is there: those of a short row, scaled.
+
+    As if everything grew with the square of the length, as the scores of attention do where a kernel keeps them. What passes
+    does not show in a pass that finds room in pages that are there already; it is taken to be as much again.
+    """
+    part = -(-tokens // PART)
+    kept = measure(layers_of(model), model, lambda: forward(1, part)).kept([])
+    return _fixed(model) + int(rows * (tokens / part) ** 2 * (1 + _spread(model)) * kept)
+
+
 def plan(model: torch.nn.Module, forward: Callable[[], Any]) -> Plan:
     """Return the plan for *model*, in training mode; *forward* runs the forward pass of a step, loss included, once."""
     layers = layers_of(model)
@@ -120,11 +136,18 @@ def plan(model: torch.nn.Module, forward: Callable[[], Any]) -> Plan:
     if not names:
         places, what = whole[::2], EVERY_SECOND
     modules = tuple(layers[layer].get_submodule(name) for layer, name in places)
-    # gradients, and two moments of the optimizer
-    state = 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    spread = SPREAD.get(next(model.parameters()).device.type, ELSEWHERE)
-    none, selective, full = (state + FIXED + found.passing + int(spread * found.kept(again)) for again in ([], places, whole))
+    fixed, spread = _fixed(model) + found.passing, _spread(model)
+    none, selective, full = (fixed + int(spread * found.kept(again)) for again in ([], places, whole))
     return Plan(what, modules, Needs(none, selective, full))
+
+
+def _fixed(model: torch.nn.Module) -> int:
+    """Return the bytes of gradients, of two moments of the optimizer, and of what libraries set up."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) + FIXED
+
+
+def _spread(model: torch.nn.Module) -> float:
+    return SPREAD.get(next(model.parameters()).device.type, ELSEWHERE)
 
 
 def _worth_it(found: Activations, whole: list[Place]) -> list[str]:
@@ -155,12 +178,14 @@ def choose(needs: Needs, available: int | None) -> Mode:
 def settle(
     model: torch.nn.Module,
     wanted: Literal["selective", "auto"],
-    forward: Callable[[], Any],
+    forward: Forward,
+    rows: int,
+    tokens: int,
     agree: Callable[[Mode], Mode] = lambda mode: mode,
 ) -> Mode:
     """Return what comes of *wanted*, and make *model* ready for it; `full` is left to the caller. Say in a line why.
 
-    *forward* is that of `plan`, run once; *agree* gives all processes of a run the same answer.
+    *forward* is run for a step of *rows* x *tokens*, or a part of it; *agree* gives all processes of a run the same answer.
     """
     base = base_of(model)
     if not layers_of(model) or not base.supports_gradient_checkpointing:
@@ -171,23 +196,38 @@ def settle(
         return "none"
     keep_all(model)
     found: Plan | None = None
-    why = ""
-    try:
-        found = plan(model, forward)
-    except Exception as error:  # of a stranger's model, or out of memory; a step may still be possible
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     mode: Mode = "selective"
-    if wanted == "auto":
-        available = available_bytes(next(model.parameters()).device)
-        mode = choose(found.needs, available) if found is not None else "full"
-        if found is not None:
-            why = f"a step needs about {found.needs}, {_gigabytes(available)} available"
+    available = available_bytes(next(model.parameters()).device)
+    why = _plenty(model, forward, rows, tokens, available) if wanted == "auto" else ""
+    if why:
+        mode = "none"
+    else:
+        try:
+            found = plan(model, lambda: forward(rows, tokens))
+        except Exception as error:  # of a stranger's model, or out of memory; a step may still be possible
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if wanted == "auto":
+            mode = choose(found.needs, available) if found is not None else "full"
+            if found is not None:
+                why = f"a step needs about {found.needs}, {_gigabytes(available)} available"
     mode = agree(mode)
     if mode == "selective":
         recompute(found.modules if found is not None else layers_of(model)[::2])
     what = (found.what if found is not None else EVERY_SECOND) if mode == "selective" else ""
     logger.info("gradient checkpointing: %s%s%s", mode, what and f" ({what})", why and f"; {why}")
     return mode
+
+
+def _plenty(model: torch.nn.Module, forward: Forward, rows: int, tokens: int, available: int | None) -> str:
+    """Return why *available* bytes are plenty for a step that keeps everything; "" where a part of one does not show it."""
+    if available is None:
+        return "how much memory is available is not known"
+    try:
+        most = at_most(model, forward, rows, tokens)
+    except Exception as error:
+        logger.debug("gradient checkpointing: a short row could not be measured: %s", error)
+        return ""
+    return f"a step needs less than {_gigabytes(most)}, {_gigabytes(available)} available" if most <= ROOM * available else ""
 
 
 def _gigabytes(size: int | None) -> str:

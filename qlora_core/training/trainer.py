@@ -87,7 +87,7 @@ class QLoRATrainer(transformers.Trainer):
         self._logged_tokens = 0
         self._logged_at = time.perf_counter()
         self._paused = 0.0
-        self._head: Head | None = None
+        self._head: tuple[Any, Head] | None = None  # and the model that it is of, wrapped or not
         self._guard = Guard(self)
 
     # What is trained on
@@ -147,30 +147,35 @@ class QLoRATrainer(transformers.Trainer):
         """Train, with those activations kept that `training.gradient_checkpointing` says."""
         wanted = self.run.config.training.gradient_checkpointing
         try:
-            if wanted in ("selective", "auto") and settle(self.model, wanted, self._pass, _most_frugal) == "full":
+            if wanted in ("selective", "auto") and self._settle(wanted) == "full":
                 for name, value in full_checkpointing().items():
                     setattr(self.args, name, value)
             return super().train(*args, **kwargs)
         finally:
             keep_all(self.model)
 
-    def _pass(self) -> None:
-        """Run the forward pass of a step whose rows are as long as the configuration allows; with gradients, for nothing."""
-        length, vocabulary = self.run.config.data.sequence_length, base_of(self.model).config.get_text_config().vocab_size
-        row = {"input_ids": [token % vocabulary for token in range(length)]}
-        batch = self.data_collator([row] * self.args.per_device_train_batch_size)
+    def _settle(self, wanted: Any) -> Mode:
+        """Return which activations are kept, in a step whose rows are as long as the configuration allows."""
+        rows, tokens = self.args.per_device_train_batch_size, self.run.config.data.sequence_length
+        return settle(self.model, wanted, self._pass, rows, tokens, _most_frugal)
+
+    def _pass(self, rows: int, tokens: int) -> None:
+        """Run the forward pass of a step of *rows* x *tokens*; with gradients, for nothing."""
+        vocabulary = base_of(self.model).config.get_text_config().vocab_size
+        row = {"input_ids": [token % vocabulary for token in range(tokens)]}
+        batch = self.data_collator([row] * rows)
         taken = {name: value.to(self.args.device) for name, value in batch.items() if torch.is_tensor(value)}
         del taken[REAL_TOKENS]
         labels = taken.pop("labels")
-        with self.accelerator.autocast(), Head.of(self.model).computing(labels) as computed:
+        with self.accelerator.autocast(), self._head_of(self.model).computing(labels) as computed:
             outputs = self.model(**taken, use_cache=False)
             if computed.loss is None:
                 causal_lm_loss(outputs, labels)
 
     def _head_of(self, model: torch.nn.Module) -> Head:
-        if self._head is None:
-            self._head = Head.of(model)
-        return self._head
+        if self._head is None or self._head[0] is not model:
+            self._head = model, Head.of(model)
+        return self._head[1]
 
     # What is measured
 

@@ -465,6 +465,13 @@ def test_the_check_passes_sound_models_and_leaves_no_trace(dtype: torch.dtype) -
         check_packing(model)
 
 
+def test_a_model_that_keeps_documents_apart_to_the_bit_is_called_five_times() -> None:
+    model, calls = model_of("llama"), []
+    model.register_forward_hook(lambda *given: calls.append(1))
+    prepare_packed(model)
+    assert len(calls) == 5
+
+
 # Training
 
 

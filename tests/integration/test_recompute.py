@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from qlora_core import ConfigError, Finished, ModelError, inject_adapter, load_m
 from qlora_core.config import ModelConfig, RunConfig, TrainingConfig
 from qlora_core.data.collate import Collator
 from qlora_core.packed import prepare_packed
+from qlora_core.training import head
 from qlora_core.training import recompute as module
 from qlora_core.training.activations import measure
 from qlora_core.training.loss import causal_lm_loss
-from qlora_core.training.recompute import Needs, choose, keep_all, layers_of, plan, recompute, settle
+from qlora_core.training.recompute import Needs, at_most, choose, keep_all, layers_of, plan, recompute, settle
 from qlora_fused import Fused
 from qlora_peft import LoRA
 
@@ -88,7 +90,7 @@ def test_loss_gradients_and_generator_are_the_same_bits(
     prepare_packed(model)
     wanted = gradients(model)
     found = {}
-    assert settle(model, "selective", lambda: forward(model)) == "selective"
+    assert settle(model, "selective", lambda *shape: forward(model), 2, 32) == "selective"
     found["selective"] = gradients(model)
     keep_all(model)
     for part in parts(model):  # whatever the clock says is best
@@ -106,7 +108,7 @@ def test_selective_keeps_more_than_full_and_less_than_everything(make_model: Cal
     model = adapted(make_model(architecture, num_hidden_layers=4))
     prepare_packed(model)
     kept = {"none": saved_bytes(model)}
-    settle(model, "selective", lambda: forward(model))
+    settle(model, "selective", lambda *shape: forward(model), 2, 32)
     kept["selective"] = saved_bytes(model)
     keep_all(model)
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -179,7 +181,54 @@ def test_auto_takes_the_first_that_there_is_room_for(available: int | None, mode
     assert choose(Needs(none=3 * GB, selective=2 * GB, full=GB), available) == mode
 
 
-@pytest.mark.parametrize(("share", "mode"), [(10.0, "none"), (0.0, "full")])
+def padded(model: Any, rows: int, tokens: int) -> torch.Tensor:
+    ids = torch.arange(rows * tokens).view(rows, tokens) % 380
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return causal_lm_loss(model(input_ids=ids, use_cache=False), ids)
+
+
+@pytest.mark.parametrize(("attention", "fused"), [("eager", False), ("sdpa", False), ("sdpa", True)])
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 400), (1, 1023), (2, 3)])
+def test_what_a_step_needs_at_most_is_more_than_it_needs(
+    make_model: Callable[..., Path], attention: str, fused: bool, rows: int, tokens: int
+) -> None:
+    model = adapted(make_model("llama", max_position_embeddings=1024), fused=fused)
+    if not fused:
+        model.base_model.model.set_attn_implementation(attention)
+    most = at_most(model, lambda *shape: padded(model, *shape), rows, tokens)
+    assert plan(model, lambda: padded(model, rows, tokens)).needs.none < most
+
+
+@pytest.mark.parametrize(
+    ("wanted", "available", "shapes"),
+    [
+        ("auto", 10 * GB, [(1, 16)]),
+        ("auto", GB // 100, [(1, 16), (2, 64)]),
+        ("auto", None, []),
+        ("selective", 10 * GB, [(2, 64)]),
+    ],
+)
+def test_where_there_is_plenty_of_memory_a_short_row_is_enough(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, wanted: Any, available: int | None, shapes: list[tuple[int, int]]
+) -> None:
+    model, seen = adapted(tiny_model), []
+
+    def forward(rows: int, tokens: int) -> None:
+        seen.append((rows, tokens))
+        padded(model, rows, tokens)
+
+    monkeypatch.setattr(module, "available_bytes", lambda device: available)
+    settle(model, wanted, forward, 2, 64)
+    assert seen == shapes
+
+
+@pytest.mark.parametrize(
+    ("share", "mode", "why"),
+    [
+        (10.0, "none", r"a step needs less than 0\.\d\d GB, 10.00 GB available"),
+        (0.0, "full", r"a step needs about 0\.\d\d GB with none, .* with full, 0.00 GB available"),
+    ],
+)
 def test_auto_says_what_it_chose_and_why(
     run: Callable[..., Finished],
     tmp_path: Path,
@@ -187,6 +236,7 @@ def test_auto_says_what_it_chose_and_why(
     caplog: pytest.LogCaptureFixture,
     share: float,
     mode: str,
+    why: str,
 ) -> None:
     def finish(way: str) -> list[float]:
         arguments = {"output": tmp_path / way, "adapter": LoRA(r=4, dropout=0.1)}
@@ -197,26 +247,30 @@ def test_auto_says_what_it_chose_and_why(
     with caplog.at_level(logging.INFO, logger="qlora_core"):
         losses = finish("auto")
     (line,) = [record.getMessage() for record in caplog.records if "gradient checkpointing" in record.getMessage()]
-    assert line.startswith(f"gradient checkpointing: {mode}; a step needs about ")
-    assert line.endswith(f" with full, {share:.2f} GB available")
+    assert re.fullmatch(f"gradient checkpointing: {mode}; {why}", line)
     assert losses == finish("none") == finish("selective") == finish("full")
 
 
-def test_auto_runs_with_what_this_machine_has(run: Callable[..., Finished], caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_runs_with_what_this_machine_has_and_looks_at_the_head_once(
+    run: Callable[..., Finished], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed, looks = head._probed, []
+    monkeypatch.setattr(head, "_probed", lambda *given: (looks.append(1), probed(*given))[1])
     with caplog.at_level(logging.INFO, logger="qlora_core"):
         finished = run(training={"gradient_checkpointing": "auto"})
     assert len([record for record in caplog.records if "gradient checkpointing: " in record.getMessage()]) == 1
     assert not any(isinstance(vars(part).get("forward"), module._Recomputed) for part in finished.model.modules())
+    assert looks == [1]
 
 
 def test_auto_is_careful_where_a_pass_can_not_be_measured(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def fails() -> None:
+    def fails(rows: int, tokens: int) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 9 bytes")
 
     model = adapted(tiny_model)
     with caplog.at_level(logging.INFO, logger="qlora_core"):
-        assert settle(model, "auto", fails) == "full"
-        assert settle(model, "selective", fails) == "selective"
+        assert settle(model, "auto", fails, 2, 32) == "full"
+        assert settle(model, "selective", fails, 2, 32) == "selective"
     first, second = caplog.messages[-2:]
     assert first == "gradient checkpointing: full; not enough memory: you tried to allocate 9 bytes"
     assert second.startswith("gradient checkpointing: selective (every second layer); not enough memory")
@@ -225,9 +279,9 @@ def test_auto_is_careful_where_a_pass_can_not_be_measured(tiny_model: Path, capl
 def test_a_model_whose_layers_can_not_be_computed_again(tiny_model: Path) -> None:
     model = adapted(tiny_model)
     model.base_model.model.supports_gradient_checkpointing = False
-    assert settle(model, "auto", lambda: None) == "none"
+    assert settle(model, "auto", lambda *shape: None, 2, 32) == "none"
     with pytest.raises(ModelError, match=r"training.gradient_checkpointing: LlamaForCausalLM has no layers .* set it to none"):
-        settle(model, "selective", lambda: None)
+        settle(model, "selective", lambda *shape: None, 2, 32)
 
 
 @pytest.mark.parametrize(
