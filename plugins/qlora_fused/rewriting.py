@@ -17,7 +17,7 @@ from qlora_core.attention import base_of
 from qlora_core.packed import at_rest
 from qlora_fused import has_liger
 from qlora_fused.blockwise import BLOCKWISE, COMPILED, attention
-from qlora_fused.lora import compute_dtype, fuse_group, fusible, output_dtype
+from qlora_fused.lora import fuse_group, fusible, output_dtype
 from qlora_fused.mlp import activation_of, fuse_mlp
 from qlora_fused.norms import fuse_layer_norm, fuse_rms_norm, rms_norm_of
 from qlora_fused.pages import keep_pages
@@ -135,19 +135,29 @@ def _mlps(base: torch.nn.Module, loops: Any) -> int:
     return count
 
 
+class _Times(torch.nn.Module):
+    """Stands for a projection: a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
 def _is_gated(module: Any) -> bool:
-    """Return whether *module* computes down(act(gate(x)) * up(x)) to the bit."""
-    linear = module.gate_proj.get_base_layer()
-    x = torch.linspace(-1, 1, 2 * linear.in_features, device=linear.weight.device).view(1, 2, -1).to(compute_dtype_of(module))
-    with at_rest(module):
-        try:
+    """Return whether *module* computes down(act(gate(x)) * up(x)) to the bit, whatever these three are."""
+    own = dict(module._modules)
+    x = torch.linspace(-4, 4, 64, device=module.gate_proj.weight.device).view(1, 2, 32)
+    try:
+        module._modules.update(gate_proj=_Times(1.5), up_proj=_Times(-0.7), down_proj=_Times(0.3))
+        with at_rest(module):
             return torch.equal(module(x), module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
-        except (TypeError, ValueError, RuntimeError):
-            return False
-
-
-def compute_dtype_of(module: Any) -> torch.dtype:
-    return compute_dtype(torch.empty(0), module.gate_proj)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        module._modules.update(own)
 
 
 def _norms(base: transformers.PreTrainedModel, loops: Any) -> int:

@@ -278,6 +278,41 @@ def test_a_gated_mlp_with_dropout_draws_what_peft_draws() -> None:
     assert_near([model(x)], [wanted])
 
 
+class Other(Gated):
+    """What takes the same parts, and is no gated MLP by its *way*."""
+
+    def __init__(self, way: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(nn.SiLU())
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(self, x)
+
+
+def sparse(mlp: Any, x: Tensor) -> Tensor:
+    gate = mlp.gate_proj(x)
+    return mlp.down_proj(mlp.act_fn(torch.relu(gate - gate.mean(-1, keepdim=True))) * mlp.up_proj(x))
+
+
+OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "residual": lambda mlp, x: x + Gated.forward(mlp, x),
+    "exchanged": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x)),
+    "ungated": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x))),
+    "clamped": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).clamp(max=1) * mlp.up_proj(x)),
+    "sparse": sparse,
+    "by its weights": lambda mlp, x: mlp.down_proj(mlp.act_fn(x @ mlp.gate_proj.weight.T) * mlp.up_proj(x)),
+    "two inputs": lambda mlp, x, y: x + y,
+}
+
+
+@pytest.mark.parametrize("way", OTHERS)
+def test_what_only_looks_like_a_gated_mlp_is_left_alone(way: str) -> None:
+    found = [adapted(module, packed=True).base_model.model for module in (Gated(nn.SiLU()), Other(OTHERS[way]))]
+    children = [dict(module.named_children()) for module in found]
+    assert [rewriting._mlps(module, None) for module in found] == [1, 0]
+    assert [dict(module.named_children()) for module in found] == children
+
+
 # What PEFT must compute
 
 
