@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +167,55 @@ def test_what_is_drawn_in_the_head_is_drawn_once() -> None:
     whole = F.cross_entropy(head(rows), targets)
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(torch.autograd.grad(loss, rows), torch.autograd.grad(whole, rows))
+
+
+class Exponential(torch.autograd.Function):
+    """A function of a stranger that saves what it gives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        return dy * y
+
+
+LAST: dict[str, Logits] = {
+    "nothing": lambda logits: logits,
+    "a soft cap": lambda logits: 5 * torch.tanh(logits / 5),
+    "tanh, which saves what it gives": torch.tanh,
+    "a view of what is saved": lambda logits: torch.sigmoid(logits)[:, 1:],
+    "a function of a stranger": Exponential.apply,
+    "in place": lambda logits: logits.clone().relu_(),
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+def test_gradients_are_written_over_logits_only_where_the_head_can_do_without(last: str) -> None:
+    rows, weight, targets = random(300)
+    weight, targets = weight.requires_grad_(), targets.clamp(max=VOCABULARY - 2)
+
+    def head(chunk: torch.Tensor) -> torch.Tensor:
+        return LAST[last](F.linear(chunk, weight))
+
+    loss = mean_cross_entropy(head, rows, targets, 300)
+    whole = F.cross_entropy(head(rows), targets)
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(torch.autograd.grad(loss, [rows, weight]), torch.autograd.grad(whole, [rows, weight]))
+
+
+def test_another_error_of_the_head_is_passed_on() -> None:
+    rows, _, targets = random(40)
+    calls: list[int] = []
+
+    def head(chunk: torch.Tensor) -> torch.Tensor:
+        calls.append(len(chunk))
+        raise RuntimeError("not enough memory")
+
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        mean_cross_entropy(head, rows, targets, 40)
+    assert len(calls) == 1

@@ -160,9 +160,9 @@ def test_generated_plugins_pass_their_own_tests_as_generated(environment: Enviro
         folders.append(environment.folder / f"new-{kind}")
         new_plugin(f"new-{kind}", kind, folders[-1])
     environment.install("--no-build-isolation", "--no-deps", *folders)
-    for folder in folders:
-        done = environment.run("python", "-m", "pytest", folder, "-q", "-p", "no:cacheprovider")
-        assert " passed" in done.stdout
-        assert "failed" not in done.stdout
+    options = ("--rootdir", environment.folder, "--import-mode=importlib", "-v", "-p", "no:cacheprovider")
+    done = environment.run("python", "-m", "pytest", *folders, *options)
+    assert all(f"::TestNew{kind.capitalize()}::test_it_says_what_it_is PASSED" in done.stdout for kind in KINDS)
+    assert "failed" not in done.stdout
     listed = {plugin["name"]: plugin["status"] for plugin in environment.json("qlora", "plugins", "list")["plugins"]}
     assert {listed[folder.name] for folder in folders} == {"ok"}
