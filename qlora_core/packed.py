@@ -127,8 +127,8 @@ def _restarts(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
 def check_packing(model: torch.nn.Module) -> None:
     """Raise ModelError if a document's logits in *model* depend on what it is packed with, or differ from those alone.
 
-    Mostly the first difference is 0 to the bit. Where it is not, since experts or int8 round by what else is in the batch, it
-    is compared with that of a document beside another in the batch, and with that of one after another in its context.
+    Mostly the first difference is 0 to the bit. Where it is more than LEAK, since experts or int8 round by what else is in the
+    batch, it is compared with that of a document beside another in the batch, and of one after another in its context.
     """
     base = base_of(model)
     vocabulary = base.config.get_text_config().vocab_size

@@ -149,12 +149,14 @@ class _Times(torch.nn.Module):
 def _is_gated(module: Any) -> bool:
     """Return whether *module* computes down(act(gate(x)) * up(x)) to the bit, whatever these three are."""
     own = dict(module._modules)
-    x = torch.linspace(-4, 4, 64, device=module.gate_proj.weight.device).view(1, 2, 32)
+    # large numbers too, for some models clamp what they multiply
+    x = torch.cat([torch.linspace(-most, most, 32) for most in (4, 30, 1e3, 1e6)]).view(1, 4, 32)
+    x = x.to(module.gate_proj.weight.device)
     try:
         module._modules.update(gate_proj=_Times(1.5), up_proj=_Times(-0.7), down_proj=_Times(0.3))
         with at_rest(module):
             return torch.equal(module(x), module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except Exception:  # whatever a stranger's module raises for parts of another size
         return False
     finally:
         module._modules.update(own)

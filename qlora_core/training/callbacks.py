@@ -1,16 +1,43 @@
-"""What the training loop itself asks for at the end of a step or an evaluation: a line in the log, a checkpoint."""
+"""What the training loop itself asks for at the end of a step or an evaluation: a line in the log, evaluation, a checkpoint."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import transformers
 
-__all__ = ["KeepBest", "LogLastStep"]
+__all__ = ["EvaluateBeforeSaving", "KeepBest", "LogLastStep"]
+
+logger = logging.getLogger("qlora_core")
+
+
+class EvaluateBeforeSaving(transformers.TrainerCallback):
+    """Lets the evaluation of an epoch come with its last step, whose checkpoint would else be without it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for an evaluation now."""
+        ends = state.global_step >= state.max_steps or float(state.epoch).is_integer()
+        if ends and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch:
+            control.should_evaluate, self.step = True, state.global_step
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Don't evaluate once more."""
+        if state.global_step == self.step:
+            control.should_evaluate = False
 
 
 class LogLastStep(transformers.TrainerCallback):
-    """Logs the last step too, whatever the interval, so that no loss goes unreported."""
+    """Logs the last step too, whatever the interval, so that no loss goes unreported, and says where there is none to come."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warn of a run that is resumed from beyond its end."""
+        if state.global_step > state.max_steps and state.is_world_process_zero:
+            words = "nothing is left to train: the checkpoint is of step %d, and the run ends at step %d"
+            logger.warning(words, state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a log line at the end."""

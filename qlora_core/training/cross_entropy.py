@@ -41,7 +41,8 @@ def mean_cross_entropy(
 
     Gradients go to *rows* and to every trained parameter that *logits_of* uses. Those of logits are rounded to their dtype
     after the division, as autograd would do it; in float16, where they would vanish, before. Those of parameters are summed
-    over the chunks in float32. They are written over the logits, unless the head needs these once more.
+    over the chunks in float32. Those of logits are written over them, unless the head needs these once more:
+    autograd notices where a function has saved them.
     """
     try:
         return _mean(logits_of, rows, targets, items, overwrite=True)

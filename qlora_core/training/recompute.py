@@ -23,7 +23,7 @@ from qlora_core.errors import ModelError
 from qlora_core.training.activations import Activations, Place, measure
 from qlora_core.training.available import available_bytes
 
-__all__ = ["MODES", "Mode", "Needs", "Plan", "at_most", "choose", "keep_all", "layers_of", "plan", "recompute", "settle"]
+__all__ = ["MODES", "Mode", "Needs", "Plan", "choose", "keep_all", "layers_of", "plan", "recompute", "settle", "upper_bound"]
 
 logger = logging.getLogger("qlora_core")
 
@@ -114,8 +114,8 @@ class Plan:
     needs: Needs
 
 
-def at_most(model: torch.nn.Module, forward: Forward, rows: int, tokens: int) -> int:
-    """Return bytes that a step of *rows* x *tokens* does not exceed, on top of what is there: those of a short row, scaled.
+def upper_bound(model: torch.nn.Module, forward: Forward, rows: int, tokens: int) -> int:
+    """Return bytes that a step of *rows* x *tokens* is not expected to exceed, found by a short row.
 
     As if everything grew with the square of the length, as the scores of attention do where a kernel keeps them. What passes
     does not show in a pass that finds room in pages that are there already; it is taken to be as much again.
@@ -168,10 +168,8 @@ def _worth_it(found: Activations, whole: list[Place]) -> list[str]:
     return chosen if enough else []
 
 
-def choose(needs: Needs, available: int | None) -> Mode:
-    """Return the fastest way for which *available* bytes are enough, with some room left; `none` where they are unknown."""
-    if available is None:
-        return "none"
+def choose(needs: Needs, available: int) -> Mode:
+    """Return the fastest way for which *available* bytes are enough, with some room left."""
     return next((mode for mode in MODES if needs.of(mode) <= ROOM * available), "full")
 
 
@@ -185,7 +183,7 @@ def settle(
 ) -> Mode:
     """Return what comes of *wanted*, and make *model* ready for it; `full` is left to the caller. Say in a line why.
 
-    *forward* is run for a step of *rows* x *tokens*, or a part of it; *agree* gives all processes of a run the same answer.
+    *forward* runs a step of *rows* x *tokens*, for `auto` a part of it first; *agree* gives all processes the same answer.
     """
     base = base_of(model)
     if not layers_of(model) or not base.supports_gradient_checkpointing:
@@ -195,40 +193,45 @@ def settle(
         logger.info("gradient checkpointing: none, %s has no layers that can be computed again", type(base).__name__)
         return "none"
     keep_all(model)
-    found: Plan | None = None
     mode: Mode = "selective"
-    available = available_bytes(next(model.parameters()).device)
-    why = _plenty(model, forward, rows, tokens, available) if wanted == "auto" else ""
-    if why:
-        mode = "none"
-    else:
-        try:
-            found = plan(model, lambda: forward(rows, tokens))
-        except Exception as error:  # of a stranger's model, or out of memory; a step may still be possible
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        if wanted == "auto":
-            mode = choose(found.needs, available) if found is not None else "full"
-            if found is not None:
-                why = f"a step needs about {found.needs}, {_gigabytes(available)} available"
+    why, found = "", None
+    if wanted == "auto":
+        mode, why, found = _automatic(model, forward, rows, tokens)
     mode = agree(mode)
+    what = ""
     if mode == "selective":
+        if found is None:
+            found, why = _planned(model, lambda: forward(rows, tokens))
         recompute(found.modules if found is not None else layers_of(model)[::2])
-    what = (found.what if found is not None else EVERY_SECOND) if mode == "selective" else ""
-    logger.info("gradient checkpointing: %s%s%s", mode, what and f" ({what})", why and f"; {why}")
+        what = f" ({found.what if found is not None else EVERY_SECOND})"
+    logger.info("gradient checkpointing: %s%s%s", mode, what, why and f"; {why}")
     return mode
 
 
-def _plenty(model: torch.nn.Module, forward: Forward, rows: int, tokens: int, available: int | None) -> str:
-    """Return why *available* bytes are plenty for a step that keeps everything; "" where a part of one does not show it."""
+def _automatic(model: torch.nn.Module, forward: Forward, rows: int, tokens: int) -> tuple[Mode, str, Plan | None]:
+    """Return the fastest way for which there is memory, why, and the plan, where one had to be made."""
+    available = available_bytes(next(model.parameters()).device)
     if available is None:
-        return "how much memory is available is not known"
+        return "none", "how much memory is available is not known", None
     try:
-        most = at_most(model, forward, rows, tokens)
+        most = upper_bound(model, forward, rows, tokens)
+        if most <= ROOM * available:
+            return "none", f"a step needs less than {_gigabytes(most)}, {_gigabytes(available)} available", None
     except Exception as error:
         logger.debug("gradient checkpointing: a short row could not be measured: %s", error)
-        return ""
-    return f"a step needs less than {_gigabytes(most)}, {_gigabytes(available)} available" if most <= ROOM * available else ""
+    found, why = _planned(model, lambda: forward(rows, tokens))
+    if found is None:
+        return "full", why, None
+    return choose(found.needs, available), f"a step needs about {found.needs}, {_gigabytes(available)} available", found
 
 
-def _gigabytes(size: int | None) -> str:
-    return "an unknown number of GB" if size is None else f"{size / 1e9:.2f} GB"
+def _planned(model: torch.nn.Module, forward: Callable[[], Any]) -> tuple[Plan | None, str]:
+    """Return the plan for *model*, or None and why there is none."""
+    try:
+        return plan(model, forward), ""
+    except Exception as error:  # of a stranger's model, or out of memory; a step may still be possible
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

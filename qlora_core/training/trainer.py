@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -26,7 +25,7 @@ from qlora_core.packed import prepare_packed
 from qlora_core.run import Run
 from qlora_core.training import checkpoint
 from qlora_core.training.arguments import full_checkpointing
-from qlora_core.training.callbacks import LogLastStep
+from qlora_core.training.callbacks import EvaluateBeforeSaving, LogLastStep
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss, score
 from qlora_core.training.nonfinite import Guard
@@ -34,8 +33,6 @@ from qlora_core.training.order import EpochOrder, FollowEpochs
 from qlora_core.training.recompute import MODES, Mode, keep_all, settle
 
 __all__ = ["QLoRATrainer"]
-
-logger = logging.getLogger("qlora_core")
 
 
 class QLoRATrainer(transformers.Trainer):
@@ -79,7 +76,7 @@ class QLoRATrainer(transformers.Trainer):
                 eval_dataset=encoded.eval,
                 processing_class=tokenizer,
                 compute_loss_func=causal_lm_loss,
-                callbacks=[*callbacks, LogLastStep()],
+                callbacks=[EvaluateBeforeSaving(), *callbacks, LogLastStep()],
             )
         self.remove_callback(PrinterCallback)
         if self._order is not None:
@@ -123,13 +120,10 @@ class QLoRATrainer(transformers.Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, or nothing where the run was resumed from its end: the library looks only after a further step."""
-        step, last = self.state.global_step, self.state.max_steps
-        if step < last:
+        if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
-            return
-        if step > last:
-            logger.warning("nothing is left to train: the checkpoint is of step %d, and the run ends at step %d", step, last)
-        self.control.should_training_stop = True
+        else:
+            self.control.should_training_stop = True
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the loss of a batch, whose gradients are added up."""
@@ -143,19 +137,24 @@ class QLoRATrainer(transformers.Trainer):
         self._guard.check(float(norm))
         return norm
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, with those activations kept that `training.gradient_checkpointing` says."""
+        if resume_from_checkpoint is not None:
+            self.args.eval_on_start = False  # that was done when the run began
         wanted = self.run.config.training.gradient_checkpointing
         try:
             if wanted in ("selective", "auto") and self._settle(wanted) == "full":
                 for name, value in full_checkpointing().items():
                     setattr(self.args, name, value)
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             keep_all(self.model)
 
-    def _settle(self, wanted: Any) -> Mode:
+    def _settle(self, wanted: Literal["selective", "auto"]) -> Mode:
         """Return which activations are kept, in a step whose rows are as long as the configuration allows."""
+        self.model.train()
+        with self.accelerator.autocast():
+            self._head_of(self.model)  # now, so that its passes are not measured
         rows, tokens = self.args.per_device_train_batch_size, self.run.config.data.sequence_length
         return settle(self.model, wanted, self._pass, rows, tokens, _most_frugal)
 

@@ -382,7 +382,7 @@ MEMORY = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 def test_whole_logits_are_never_there() -> None:
-    """2,048 rows of 50,000 logits are 195 MiB in bfloat16 and 391 MiB in float32; a chunk's 24 MiB, and become gradients."""
+    """2,048 rows of 50,000 logits are 195 MiB in bfloat16, 391 MiB in float32; a chunk's are 24 MiB, and become gradients."""
     code = [sys.executable, "-c", textwrap.dedent(MEMORY)]
     done = subprocess.run(
         code, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False

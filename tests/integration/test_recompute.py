@@ -20,7 +20,7 @@ from qlora_core.training import head
 from qlora_core.training import recompute as module
 from qlora_core.training.activations import measure
 from qlora_core.training.loss import causal_lm_loss
-from qlora_core.training.recompute import Needs, at_most, choose, keep_all, layers_of, plan, recompute, settle
+from qlora_core.training.recompute import Needs, choose, keep_all, layers_of, plan, recompute, settle, upper_bound
 from qlora_fused import Fused
 from qlora_peft import LoRA
 
@@ -175,9 +175,9 @@ def test_without_a_part_that_is_better_every_second_layer_is_computed_again(
 
 @pytest.mark.parametrize(
     ("available", "mode"),
-    [(10 * GB, "none"), (4 * GB, "none"), (3 * GB, "selective"), (2 * GB, "full"), (GB // 2, "full"), (None, "none")],
+    [(10 * GB, "none"), (4 * GB, "none"), (3 * GB, "selective"), (2 * GB, "full"), (GB // 2, "full")],
 )
-def test_auto_takes_the_first_that_there_is_room_for(available: int | None, mode: str) -> None:
+def test_auto_takes_the_first_that_there_is_room_for(available: int, mode: str) -> None:
     assert choose(Needs(none=3 * GB, selective=2 * GB, full=GB), available) == mode
 
 
@@ -195,7 +195,7 @@ def test_what_a_step_needs_at_most_is_more_than_it_needs(
     model = adapted(make_model("llama", max_position_embeddings=1024), fused=fused)
     if not fused:
         model.base_model.model.set_attn_implementation(attention)
-    most = at_most(model, lambda *shape: padded(model, *shape), rows, tokens)
+    most = upper_bound(model, lambda *shape: padded(model, *shape), rows, tokens)
     assert plan(model, lambda: padded(model, rows, tokens)).needs.none < most
 
 
@@ -261,6 +261,18 @@ def test_auto_runs_with_what_this_machine_has_and_looks_at_the_head_once(
     assert len([record for record in caplog.records if "gradient checkpointing: " in record.getMessage()]) == 1
     assert not any(isinstance(vars(part).get("forward"), module._Recomputed) for part in finished.model.modules())
     assert looks == [1]
+
+
+def test_where_another_process_wants_selective_this_one_plans_it_too(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(tiny_model)
+    monkeypatch.setattr(module, "available_bytes", lambda device: 10 * GB)
+    with caplog.at_level(logging.INFO, logger="qlora_core"):
+        mode = settle(model, "auto", lambda *shape: padded(model, *shape), 2, 64, lambda mode: max(mode, "selective"))
+    assert mode == "selective"
+    assert any(isinstance(vars(part).get("forward"), module._Recomputed) for part in model.modules())
+    assert "needs less" not in caplog.messages[-1]
 
 
 def test_auto_is_careful_where_a_pass_can_not_be_measured(tiny_model: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,15 @@ class StopAt(transformers.TrainerCallback):
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class StopAfterSaving(StopAt):
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
 
@@ -96,13 +106,38 @@ def test_resuming_a_run_that_came_to_its_end_trains_nothing_and_writes_the_same_
     assert (again.run.adapter / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_resuming_with_fewer_steps_than_were_trained_says_that_none_is_left(
-    run: Callable[..., Finished], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("save_steps", [1, None])
+def test_no_evaluation_is_lost_or_done_twice(
+    run: Callable[..., Finished], tmp_path: Path, keep: str, save_steps: int | None
 ) -> None:
-    lines = timeless(run())
+    """Stopped right after the checkpoint of an epoch's last step was written."""
+    training = {"max_steps": None, "epochs": 2, "batch_size": 64, "save_steps": save_steps, "save_total_limit": None}
+    training |= {"keep": keep, "eval_at_start": True}
+    whole = run(output=tmp_path / "whole", training=training)
+    lines = timeless(whole)
+    evaluated = [line["step"] for line in lines if "eval_loss" in line]
+    assert len(evaluated) == len(set(evaluated)) == 3
+    for step in evaluated[1:]:
+        with pytest.raises(KeyboardInterrupt):
+            run(output=tmp_path / "parts", training=training, callbacks=[StopAfterSaving(step)], overwrite=True)
+        parts = run(output=tmp_path / "parts", training=training, resume=True)
+        assert timeless(parts) == lines
+        ours, theirs = ((one.run.adapter / "adapter_model.safetensors").read_bytes() for one in (parts, whole))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"max_steps": 3}, {"max_steps": 2}), ({"epochs": 2, "max_steps": None}, {"epochs": 1, "max_steps": None})],
+)
+def test_resuming_with_fewer_steps_than_were_trained_says_that_none_is_left(
+    run: Callable[..., Finished], caplog: pytest.LogCaptureFixture, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    lines = timeless(run(training={**first, "batch_size": 64}))
     with caplog.at_level("WARNING", "qlora_core"):
-        again = run(training={"max_steps": 2}, resume=True)
-    assert "nothing is left to train: the checkpoint is of step 3, and the run ends at step 2" in caplog.text
+        again = run(training={**second, "batch_size": 64}, resume=True)
+    assert re.search(r"nothing is left to train: the checkpoint is of step \d+, and the run ends at step \d+", caplog.text)
     assert timeless(again) == lines
 
 

@@ -26,7 +26,7 @@ def soaked(model: Path, text: Path, *arguments: str) -> dict[str, object]:
     "changes",
     [
         ("data.packing=true", "training.gradient_checkpointing=none"),
-        ("data.packing=false", "training.gradient_checkpointing=full"),
+        ("data.packing=false", "training.gradient_checkpointing=full", "training.eval_steps=null"),
         ("data.streaming=true", "data.eval_fraction=0", "training.max_steps=17", "kernels=reference"),
     ],
     ids=["packed", "padded-and-checkpointing", "stream"],

@@ -289,6 +289,11 @@ class Other(Gated):
         return self.way(self, x)
 
 
+def sized(mlp: Any, x: Tensor) -> Tensor:
+    assert x.shape[-1] == 64
+    return Gated.forward(mlp, x)
+
+
 def sparse(mlp: Any, x: Tensor) -> Tensor:
     gate = mlp.gate_proj(x)
     return mlp.down_proj(mlp.act_fn(torch.relu(gate - gate.mean(-1, keepdim=True))) * mlp.up_proj(x))
@@ -298,7 +303,10 @@ OTHERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "residual": lambda mlp, x: x + Gated.forward(mlp, x),
     "exchanged": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.up_proj(x)) * mlp.gate_proj(x)),
     "ungated": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x))),
-    "clamped": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).clamp(max=1) * mlp.up_proj(x)),
+    "clamped": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)).clamp(max=100) * mlp.up_proj(x)),
+    "clamped gate": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x).clamp(max=7)) * mlp.up_proj(x)),
+    "clamped up": lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x).clamp(-1000, 1000)),
+    "with an assertion": sized,
     "sparse": sparse,
     "by its weights": lambda mlp, x: mlp.down_proj(mlp.act_fn(x @ mlp.gate_proj.weight.T) * mlp.up_proj(x)),
     "two inputs": lambda mlp, x, y: x + y,
