@@ -365,7 +365,7 @@ MEMORY = """
 
         watching = threading.Thread(target=watch)
         watching.start()
-        once(way, head, 1024)
+        once(way, head, 512)
         done = True
         watching.join()
         print(way, name, peak - before, flush=True)
@@ -382,7 +382,7 @@ MEMORY = """
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 def test_whole_logits_are_never_there() -> None:
-    """2,048 rows of 50,000 logits are 195 MiB in bfloat16, 391 MiB in float32; a chunk's are 24 MiB, and become gradients."""
+    """1,024 rows of 50,000 logits are 98 MiB in bfloat16, 195 MiB in float32; a chunk's are 24 MiB, and become gradients."""
     code = [sys.executable, "-c", textwrap.dedent(MEMORY)]
     done = subprocess.run(
         code, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
@@ -391,4 +391,4 @@ def test_whole_logits_are_never_there() -> None:
     peaks = {(way, head): float(peak) for way, head, peak in map(str.split, done.stdout.splitlines())}
     assert len(peaks) == 4
     for (way, head), peak in peaks.items():
-        assert peak > 500 if head == "whole" else peak < 40, (way, head, peak)
+        assert peak > 250 if head == "whole" else peak < 40, (way, head, peak)
