@@ -15,19 +15,20 @@ logger = logging.getLogger("qlora_core")
 class EvaluateBeforeSaving(transformers.TrainerCallback):
     """Lets the evaluation of an epoch come with its last step, whose checkpoint would else be without it."""
 
-    def __init__(self) -> None:
-        self.step = 0
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for an evaluation now."""
-        ends = state.global_step >= state.max_steps or float(state.epoch).is_integer()
-        if ends and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch:
-            control.should_evaluate, self.step = True, state.global_step
+        if self._is_due(args, state):
+            control.should_evaluate = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Don't evaluate once more."""
-        if state.global_step == self.step:
+        if self._is_due(args, state):
             control.should_evaluate = False
+
+    @staticmethod
+    def _is_due(args: Any, state: Any) -> bool:
+        ends = state.global_step >= state.max_steps or float(state.epoch).is_integer()
+        return bool(ends and args.eval_strategy == "epoch" and args.eval_delay <= state.epoch)
 
 
 class LogLastStep(transformers.TrainerCallback):

@@ -139,7 +139,7 @@ class QLoRATrainer(transformers.Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, with those activations kept that `training.gradient_checkpointing` says."""
-        if resume_from_checkpoint is not None:
+        if resume_from_checkpoint:
             self.args.eval_on_start = False  # that was done when the run began
         wanted = self.run.config.training.gradient_checkpointing
         try:

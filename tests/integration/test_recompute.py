@@ -200,16 +200,21 @@ def test_what_a_step_needs_at_most_is_more_than_it_needs(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "available", "shapes"),
+    ("wanted", "available", "shapes", "mode"),
     [
-        ("auto", 10 * GB, [(1, 16)]),
-        ("auto", GB // 100, [(1, 16), (2, 64)]),
-        ("auto", None, []),
-        ("selective", 10 * GB, [(2, 64)]),
+        ("auto", 10 * GB, [(1, 16)], "none"),
+        ("auto", GB // 100, [(1, 16), (2, 64)], "full"),
+        ("auto", None, [], "none"),
+        ("selective", 10 * GB, [(2, 64)], "selective"),
     ],
 )
 def test_where_there_is_plenty_of_memory_a_short_row_is_enough(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, wanted: Any, available: int | None, shapes: list[tuple[int, int]]
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: Any,
+    available: int | None,
+    shapes: list[tuple[int, int]],
+    mode: str,
 ) -> None:
     model, seen = adapted(tiny_model), []
 
@@ -218,7 +223,7 @@ def test_where_there_is_plenty_of_memory_a_short_row_is_enough(
         padded(model, rows, tokens)
 
     monkeypatch.setattr(module, "available_bytes", lambda device: available)
-    settle(model, wanted, forward, 2, 64)
+    assert settle(model, wanted, forward, 2, 64) == mode
     assert seen == shapes
 
 
