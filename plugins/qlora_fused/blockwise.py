@@ -1,17 +1,19 @@
-"""Causal attention in blocks of query rows, by plain matrix products: for CPUs, and exact to the rounding of torch's.
+"""Causal attention with a backward pass in blocks of query rows, by plain matrix products: for CPUs, and as exact as torch's.
 
-Blocks above the diagonal are skipped; the scores of a block are float32, and heads that share keys share the products. Of the
-probabilities only the logarithms of their sums are saved, one for a query (Dao, FlashAttention-2, section 3.1): memory grows
-with the length, not with its square. Registered in transformers as the attention `blockwise`, and as `blockwise_compiled` with
-compiled loops for the softmax; what it does not apply to goes to `sdpa`.
+The forward pass is torch's. Nothing is saved but what it was given: the backward pass makes probabilities again, for a block of
+queries at a time and without the keys that come after it, so memory grows with the length, not with its square. Scores are
+float32, and heads that share keys share the products. Registered in transformers as the attention `blockwise`, and as
+`blockwise_compiled` with a compiled loop for the gradient of the softmax; what it does not apply to goes to `sdpa`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -27,50 +29,34 @@ class Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, loops: Any = None) -> Tensor:
         """q: (B, H, T, d), k: (B, K, T, d), v: (B, K, T, dv), H a multiple of K; return (B, T, H, dv)."""
-        batch, heads, length, width = q.shape
-        shared = k.shape[1]
-        pairs, share = batch * shared, heads // shared
-        q, k, v = q.reshape(pairs, share, length, width), k.reshape(pairs, length, width), v.reshape(pairs, length, -1)
-        loops = loops if loops is not None and q.dtype in loops.DTYPES else None
-        keys = k.transpose(1, 2).float()
-        out = q.new_empty(batch, length, shared, share, v.shape[-1])
-        sums = torch.empty(pairs, share, length)
-        for start, end in _blocks(length):
-            p, part = _softmax(_scores(q[:, :, start:end], keys[:, :, :end], scale), start, end, q.dtype, loops)
-            o = _products(p, v[:, :end])
-            out[:, start:end] = o.view(batch, shared, share, end - start, -1).permute(0, 3, 1, 2, 4)
-            sums[:, :, start:end] = part.view(pairs, share, end - start)
-        ctx.save_for_backward(q, k, v, sums)
-        ctx.scale, ctx.loops, ctx.shape = scale, loops, (batch, shared)
-        return out.flatten(2, 3)
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.loops = scale, loops if loops is not None and q.dtype in loops.DTYPES else None
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared).transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k and v."""
-        q, k, v, sums = ctx.saved_tensors
-        batch, shared = ctx.shape
-        pairs, share, length, width = q.shape
+        q, k, v = ctx.saved_tensors
+        (batch, heads, length, width), shared = q.shape, k.shape[1]
+        pairs, share = batch * shared, heads // shared
+        q, k, v = q.reshape(pairs, share, length, width), k.reshape(pairs, length, width), v.reshape(pairs, length, -1)
+        do = do.view(batch, length, shared, share, -1)
         keys, values = k.transpose(1, 2).float(), v.transpose(1, 2)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        do = do.view(batch, length, shared, share, -1)
-        for start, end in _blocks(length):
+        for start in range(0, length, ROWS):
+            end = min(start + ROWS, length)
             queries = q[:, :, start:end].flatten(1, 2)
             doi = do[:, start:end].permute(0, 2, 3, 1, 4).reshape(pairs, share * (end - start), -1)
-            scores = _scores(q[:, :, start:end], keys[:, :, :end], ctx.scale)
             dp = _products(doi, values[:, :, :end])
-            p, ds = _softmax_backward(scores, dp, sums[:, :, start:end].flatten(1), start, end, ctx.loops)
+            p, ds = _softmax_backward(_scores(queries, keys[:, :, :end]), dp, start, ctx.scale, ctx.loops)
             dv[:, :end] += _products(p.transpose(1, 2), doi)
-            dq[:, :, start:end] = _products(ds, k[:, :end]).mul_(ctx.scale).view(pairs, share, end - start, width)
+            dq[:, :, start:end] = _products(ds, k[:, :end]).view(pairs, share, end - start, width)
             dk[:, :end] += _products(ds.transpose(1, 2), queries)
-        dk, dv = (grad.to(q.dtype).view(batch, shared, length, -1) for grad in (dk.mul_(ctx.scale), dv))
+        dk, dv = (grad.to(q.dtype).view(batch, shared, length, -1) for grad in (dk, dv))
         return dq.view(batch, -1, length, width), dk, dv, None, None
-
-
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    """Yield the first of each block of queries, and the one after the last."""
-    return ((start, min(start + ROWS, length)) for start in range(0, length, ROWS))
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -84,41 +70,41 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Return the scores (pairs, share * rows, n) float32 of q (pairs, share, rows, d) with keys (pairs, d, n) float32."""
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return q k^T (pairs, rows, n) float32 of *queries* (pairs, rows, d) with *keys* (pairs, d, n) float32."""
     # products of bfloat16 come out rounded to it, which is too coarse for an exponent
-    with torch.autocast(q.device.type, enabled=False):  # where the backward pass is called in it
-        return _products(q.flatten(1, 2).to(torch.float32, copy=True).mul_(scale), keys)
+    exact = _units_of_bfloat16() if queries.dtype == torch.bfloat16 else contextlib.nullcontext()
+    with torch.autocast(queries.device.type, enabled=False), exact:  # the backward pass may be called in autocast
+        return _products(queries.float(), keys)
 
 
-def _softmax(scores: Tensor, start: int, end: int, dtype: torch.dtype, loops: Any) -> tuple[Tensor, Tensor]:
-    """Return the probabilities (pairs, share * rows, end), of *dtype*, and the logarithms of their sums, float32.
+@contextlib.contextmanager
+def _units_of_bfloat16() -> Iterator[None]:
+    """Let products of float32 be made by the units for bfloat16: of numbers that are bfloat16 they are the same, and sooner."""
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 has it
+    if products is None:
+        yield
+        return
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
-    *scores*, of the queries from *start* on, may be written over.
+
+def _softmax_backward(scores: Tensor, dp: Tensor, start: int, scale: float, loops: Any) -> tuple[Tensor, Tensor]:
+    """Return the probabilities p and the gradients of the scores, scale * p * (dp - sum of p * dp), of the dtype of *dp*.
+
+    scores, not yet scaled, and dp: (pairs, share * rows, end) of the queries from *start* on, which may be written over.
     """
     if loops is not None:
-        return loops.softmax(scores, start, end - start, dtype)  # type: ignore[no-any-return]
-    _hide_later(scores, start)
-    return torch.softmax(scores, -1).to(dtype), scores.logsumexp(-1)
-
-
-def _softmax_backward(scores: Tensor, dp: Tensor, sums: Tensor, start: int, end: int, loops: Any) -> tuple[Tensor, Tensor]:
-    """Return the probabilities p and the gradients of the scores, p * (dp - sum of p * dp), of the dtype of *dp*.
-
-    scores, dp: (pairs, share * rows, end), which may be written over; sums: (pairs, share * rows) float32.
-    """
-    if loops is not None:
-        return loops.softmax_backward(scores, dp, sums, start, end - start)  # type: ignore[no-any-return]
-    p = _hide_later(scores.sub_(sums[..., None]), start).exp_()
-    return p.to(dp.dtype), torch._softmax_backward_data(dp.float(), p, -1, p.dtype).to(dp.dtype)
-
-
-def _hide_later(scores: Tensor, start: int) -> Tensor:
-    """Return *scores* where those of keys that come after their query are set to minus infinity."""
+        return loops.softmax_backward(scores, dp, start, scale)  # type: ignore[no-any-return]
     rows = scores.shape[-1] - start
     later = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
     scores.view(len(scores), -1, rows, scores.shape[-1])[..., start:].masked_fill_(later, -torch.inf)
-    return scores
+    p = torch.softmax(scores.mul_(scale), -1)
+    return p.to(dp.dtype), torch._softmax_backward_data(dp.float(), p, -1, p.dtype).mul_(scale).to(dp.dtype)
 
 
 def attention(

@@ -38,7 +38,6 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rotated",
-    "softmax",
     "softmax_backward",
 ]
 
@@ -245,76 +244,43 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: int) -> Tens
 
 
 @Loop
-def _softmax(a: Any) -> None:
-    at = numbers(a)
-    scores, p, sums = floats(at[2]), elements(a, at[3]), floats(at[4])
-    rows, width, first, queries, size = at[5], at[6], at[7], at[8], at[9]
-    block = take(a)
-    while block < at[1]:
-        for row in range(block * size, min(rows, (block + 1) * size)):
-            start, seen = row * width, first + row % queries + 1
-            order = to_order(scores[start])
-            for i in range(1, seen):
-                order = max(order, to_order(scores[start + i]))
-            highest, total = from_order(order), ZERO
-            for i in range(seen):
-                e = exp(scores[start + i] - highest)
-                scores[start + i] = e
-                total += e
-            sums[row] = highest + np.log(total)
-            factor = ONE / total
-            for i in range(seen):
-                put(p, start + i, scores[start + i] * factor)
-            for i in range(seen, width):
-                put(p, start + i, ZERO)
-        block = take(a)
-
-
-def softmax(scores: Tensor, first: int, queries: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the softmax, of *dtype*, of *scores* (pairs, share * queries, width) float32, which is written over.
-
-    The queries are those from *first* on, and each sees the keys up to its own. The second is the logarithm of each query's
-    sum of exponentials, (pairs, share * queries) float32.
-    """
-    p = scores if dtype == torch.float32 else torch.empty_like(scores, dtype=dtype)
-    sums = scores.new_empty(scores.shape[:2])
-    rows, width = sums.numel(), scores.shape[2]
-    _softmax(dtype, -(-rows // (size := _rows(rows, width))), scores, p, sums, rows, width, first, queries, size)
-    return p, sums
-
-
-@Loop
 def _softmax_backward(a: Any) -> None:
     at = numbers(a)
-    scores, dp, sums, p = floats(at[2]), elements(a, at[3]), floats(at[4]), elements(a, at[5])
-    rows, width, first, queries, size = at[6], at[7], at[8], at[9], at[10]
+    scores, dp, p = floats(at[2]), elements(a, at[3]), elements(a, at[4])
+    rows, width, first, queries, size, scale = at[5], at[6], at[7], at[8], at[9], real(at[10])
     block = take(a)
     while block < at[1]:
         for row in range(block * size, min(rows, (block + 1) * size)):
             start, seen = row * width, first + row % queries + 1
-            log_sum, mean = sums[row], ZERO
+            order = to_order(scores[start] * scale)
+            for i in range(start + 1, start + seen):
+                order = max(order, to_order(scores[i] * scale))
+            highest, total, mean = from_order(order), ZERO, ZERO
             for i in range(start, start + seen):  # (one array to a loop that writes over it: others might be the same)
-                scores[i] = exp(scores[i] - log_sum)
+                scores[i] = exp(scores[i] * scale - highest)
             for i in range(start, start + seen):
+                total += scores[i]
                 mean += scores[i] * get(dp, i)
+            factor = ONE / total
+            mean *= factor
             for i in range(start, start + seen):
-                put(dp, i, scores[i] * (get(dp, i) - mean))
-            if at[5] != at[2]:
-                for i in range(start, start + seen):
-                    put(p, i, scores[i])
+                put(dp, i, scale * factor * scores[i] * (get(dp, i) - mean))
+            for i in range(start, start + seen):
+                put(p, i, scores[i] * factor)
             for i in range(start + seen, start + width):
                 put(p, i, ZERO)
                 put(dp, i, ZERO)
         block = take(a)
 
 
-def softmax_backward(scores: Tensor, dp: Tensor, sums: Tensor, first: int, queries: int) -> tuple[Tensor, Tensor]:
-    """Return p = exp(scores - sums), of the dtype of dp, and p * (dp - sum of p * dp); both are written over what is given.
+def softmax_backward(scores: Tensor, dp: Tensor, first: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return p = softmax(scale * scores), of the dtype of dp, and scale * p * (dp - sum of p * dp); writes over what is given.
 
-    scores: (pairs, share * queries, width) float32; dp: the same of any dtype; sums, as `softmax` returns them.
+    scores: (pairs, share * queries, first + queries) float32; dp: the same of any dtype. The queries are those from *first* on,
+    and each sees the keys up to its own.
     """
     p = scores if dp.dtype == torch.float32 else torch.empty_like(dp)
-    rows, width = sums.numel(), scores.shape[2]
+    rows, width = scores.shape[0] * scores.shape[1], scores.shape[2]
     blocks = -(-rows // (size := _rows(rows, width)))
-    _softmax_backward(dp.dtype, blocks, scores, dp, sums, p, rows, width, first, queries, size)
+    _softmax_backward(dp.dtype, blocks, scores, dp, p, rows, width, first, width - first, size, float(scale))
     return p, dp

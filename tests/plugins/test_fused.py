@@ -591,7 +591,8 @@ def test_attention_is_its_formula_in_values_and_gradients(
         assert_near(got, [wanted, *gradients(wanted, wide)], 1e-5)
     else:  # one token sees itself alone: no gradient reaches its scores
         assert_near([got[0], got[3]], [wanted, gradients(wanted, wide)[2]], 1e-5)
-        assert all(float(grad.abs().max()) < 1e-6 for grad in got[1:3])
+        subtracted = float(given[2].abs().max()) * given[2].shape[-1]  # what torch's own gradient rounds, in float32
+        assert all(float(grad.abs().max()) < 1e-7 * subtracted for grad in got[1:3])
 
 
 def test_what_attention_saves_grows_with_the_length_and_not_with_its_square() -> None:
@@ -606,7 +607,7 @@ def test_what_attention_saves_grows_with_the_length_and_not_with_its_square() ->
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             attended(given, None)
-    one = 4 * 16 + 2 * 16 + 2 * 16 + 4  # q, k and v of a token, and the logarithm of the sum of each of its queries
+    one = 4 * 16 + 2 * 16 + 2 * 16  # q, k and v of a token
     assert sizes == [200 * one, 400 * one]
 
 
