@@ -81,14 +81,15 @@ def _gelu(a: Any) -> None:
 @Loop
 def _silu_backward(a: Any) -> None:
     at = numbers(a)
-    d_out, gate, up = elements(a, at[2]), elements(a, at[3]), elements(a, at[4])
+    product, gate, up = elements(a, at[2]), elements(a, at[3]), elements(a, at[4])
     d_gate, d_up, n, size = elements(a, at[5]), elements(a, at[6]), at[7], at[8]
     block = take(a)
     while block < at[1]:
         for i in range(block * size, min(n, (block + 1) * size)):
-            g, d = get(gate, i), get(d_out, i)
+            g, u, d = get(gate, i), get(up, i), get(product, i)
             s = sigmoid(g)
-            put(d_gate, i, d * get(up, i) * s * (ONE + g * (ONE - s)))
+            put(product, i, g * s * u)
+            put(d_gate, i, d * u * s * (ONE + g * (ONE - s)))
             put(d_up, i, d * g * s)
         block = take(a)
 
@@ -96,15 +97,16 @@ def _silu_backward(a: Any) -> None:
 @Loop
 def _gelu_backward(a: Any) -> None:
     at = numbers(a)
-    d_out, gate, up = elements(a, at[2]), elements(a, at[3]), elements(a, at[4])
+    product, gate, up = elements(a, at[2]), elements(a, at[3]), elements(a, at[4])
     d_gate, d_up, n, size = elements(a, at[5]), elements(a, at[6]), at[7], at[8]
     block = take(a)
     while block < at[1]:
         for i in range(block * size, min(n, (block + 1) * size)):
-            g, d = get(gate, i), get(d_out, i)
+            g, u, d = get(gate, i), get(up, i), get(product, i)
             s = sigmoid(TWO * ROOT * (g + CUBIC * g * g * g))
             slope = TWO * ROOT * (ONE + THREE * CUBIC * g * g)
-            put(d_gate, i, d * get(up, i) * s * (ONE + g * (ONE - s) * slope))
+            put(product, i, g * s * u)
+            put(d_gate, i, d * u * s * (ONE + g * (ONE - s) * slope))
             put(d_up, i, d * g * s)
         block = take(a)
 
@@ -121,12 +123,12 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return out
 
 
-def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, all of one dtype and contiguous."""
+def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return act(gate) * up, written over *d_product*, and the gradients of gate and up, all of one dtype and contiguous."""
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     blocks = _blocks(n := up.numel())
     GATES[activation][1](up.dtype, blocks, d_product, gate, up, d_gate, d_up, n, -(-n // blocks))
-    return d_gate, d_up
+    return d_product, d_gate, d_up
 
 
 @Loop

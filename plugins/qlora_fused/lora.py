@@ -17,7 +17,20 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-__all__ = ["Group", "Member", "backward", "compute_dtype", "forward", "fuse_group", "fusible", "members_of", "output_dtype"]
+__all__ = [
+    "Group",
+    "Member",
+    "compute_dtype",
+    "forward",
+    "fuse_group",
+    "fusible",
+    "halves",
+    "into_ab",
+    "into_h",
+    "into_x",
+    "members_of",
+    "output_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -42,49 +55,56 @@ class Member:
         return y.addmm_(x, self.weight(x.dtype).t())
 
 
-def forward(
-    x: Tensor, members: Sequence[Member], a: Sequence[Tensor], b: Sequence[Tensor], seen: Tensor | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """Return y_i (rows, out_i), and h = x [A_1; A_2; ...]^T (rows, sum of ranks), which `backward` needs.
+def halves(ab: Sequence[Tensor], members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Return [A_1; A_2; ...] (sum of ranks, in) and all s_i B_i (out_i, r_i), in *dtype*, given all A and then all B."""
+    a, b = ab[: len(members)], ab[len(members) :]
+    return torch.cat(list(a)).to(dtype), [(part * member.scale).to(dtype) for part, member in zip(b, members, strict=True)]
 
-    x: (rows, in); A_i: (r_i, in); B_i: (out_i, r_i), all of the dtype of the products. *seen* is x after dropout.
+
+def forward(
+    x: Tensor, members: Sequence[Member], a: Tensor, b: Sequence[Tensor], seen: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Return y_i (rows, out_i), and h = x [A_1; A_2; ...]^T (rows, sum of ranks), which the gradients need.
+
+    x: (rows, in); *a* and *b* are as `halves` returns them, of the dtype of the products. *seen* is x after dropout.
     """
-    h = (x if seen is None else seen) @ torch.cat(list(a)).t()
+    h = (x if seen is None else seen) @ a.t()
     parts = zip(members, h.split([part.shape[1] for part in b], dim=1), b, strict=True)
     # the small product first: added to the large one while that is still float32, and the sum is rounded once
-    return [member.add_product(torch.mm(own, (part * member.scale).t()), x) for member, own, part in parts], h
+    return [member.add_product(torch.mm(own, part.t()), x) for member, own, part in parts], h
 
 
-def backward(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    h: Tensor,
-    members: Sequence[Member],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    *,
-    needs_dx: bool = True,
-    kept: Tensor | None = None,
-) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """Return the gradients of x, or None unless *needs_dx*, of all A, and of all B; *kept* is the mask of dropout over 1 - p.
+def into_h(dys: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Return the gradient of h (rows, sum of ranks), given those of all y."""
+    if len(b) == 1:
+        return torch.mm(dys[0], b[0])
+    dh = dys[0].new_empty(len(dys[0]), sum(part.shape[1] for part in b))
+    for dy, part, into in zip(dys, b, dh.split([part.shape[1] for part in b], dim=1), strict=True):
+        torch.mm(dy, part, out=into)
+    return dh
 
-    With dropout *x* and *h* are those of the adapter's path: x after dropout, and its product with A.
-    """
-    ranks = [part.shape[1] for part in b]
-    dh = torch.empty_like(h)
-    db = []
-    for dy, own, grad, part, member in zip(dys, h.split(ranks, 1), dh.split(ranks, 1), b, members, strict=True):
-        grad.copy_(torch.mm(dy, part * member.scale))
-        db.append(torch.mm(dy.t(), own).float().mul_(member.scale))
-    da = list(torch.mm(dh.t(), x).float().split(ranks))
-    if not needs_dx:
-        return None, da, db
-    dx = torch.mm(dh, torch.cat(list(a)))
+
+def into_x(dys: Sequence[Tensor], dh: Tensor, members: Sequence[Member], a: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return the gradient of x (rows, in); *kept* is the mask of dropout over 1 - p."""
+    dx = torch.mm(dh, a)
     if kept is not None:
         dx.mul_(kept)
     for dy, member in zip(dys, members, strict=True):
-        dx.addmm_(dy, member.weight(x.dtype))
-    return dx, da, db
+        dx.addmm_(dy, member.weight(dx.dtype))
+    return dx
+
+
+def into_ab(
+    dys: Sequence[Tensor], dh: Tensor, x: Tensor, h: Tensor, members: Sequence[Member], b: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the gradients, float32, of all A and then of all B; with dropout x and h are those after it."""
+    ranks = [part.shape[1] for part in b]
+    da = torch.mm(dh.t(), x).float().split(ranks)
+    db = [
+        torch.mm(dy.t(), own).float().mul_(member.scale)
+        for dy, own, member in zip(dys, h.split(ranks, 1), members, strict=True)
+    ]
+    return [*da, *db]
 
 
 class FusedLinear(torch.autograd.Function):
@@ -94,7 +114,7 @@ class FusedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, members: Sequence[Member], *ab: Tensor) -> tuple[Tensor, ...]:
         """Compute y; with dropout, which is drawn as PEFT draws it, there is one member."""
         flat = x.reshape(-1, x.shape[-1])
-        a, b = _halves([part.to(x.dtype) for part in ab])
+        a, b = halves(ab, members, x.dtype)
         kept = seen = None
         if members[0].dropout:
             kept = torch.empty_like(x).bernoulli_(1 - members[0].dropout).view_as(flat)
@@ -114,21 +134,19 @@ class FusedLinear(torch.autograd.Function):
         if ctx.dropped:
             kept = rest.pop(0).to(x.dtype).div_(1 - ctx.members[0].dropout)
         h, *ab = rest
-        a, b = _halves([part.to(x.dtype) for part in ab])
+        a, b = halves(ab, ctx.members, x.dtype)
         flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        seen = x if kept is None else x * kept
-        dx, da, db = backward(flat, seen, h, ctx.members, a, b, needs_dx=ctx.needs_input_grad[0], kept=kept)
-        return None if dx is None else dx.view(*dys[0].shape[:-1], -1), None, *da, *db
-
-
-def _halves(ab: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    return ab[: len(ab) // 2], ab[len(ab) // 2 :]
+        dh = into_h(flat, b)
+        dab = into_ab(flat, dh, x if kept is None else x * kept, h, ctx.members, b)
+        if not ctx.needs_input_grad[0]:
+            return None, None, *dab
+        return into_x(flat, dh, ctx.members, a, kept).view(*dys[0].shape[:-1], -1), None, *dab
 
 
 def _compute(x: Tensor, members: Sequence[Member], ab: list[Tensor]) -> Sequence[Tensor]:
     if torch.is_grad_enabled() or any(member.dropout for member in members):
         return FusedLinear.apply(x, members, *ab)  # type: ignore[no-any-return,no-untyped-call]
-    ys, _ = forward(x.reshape(-1, x.shape[-1]), members, *_halves([part.to(x.dtype) for part in ab]))
+    ys, _ = forward(x.reshape(-1, x.shape[-1]), members, *halves(ab, members, x.dtype))
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_fused.lora import Member, backward, compute_dtype, forward, members_of, output_dtype
+from qlora_fused.lora import Member, compute_dtype, forward, halves, into_ab, into_h, into_x, members_of, output_dtype
 
 __all__ = ["ACTIVATIONS", "activation_of", "fuse_mlp"]
 
@@ -46,18 +46,21 @@ def gated(gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> Tenso
     return product
 
 
-def gated_backward(d_product: Tensor, gate: Tensor, up: Tensor, activation: str, loops: Any = None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up, (rows, d), each rounded once."""
+def gated_backward(
+    d_product: Tensor, gate: Tensor, up: Tensor, activation: str, loops: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return act(gate) * up, written over *d_product*, and the gradients of gate and up, (rows, d), each rounded once."""
     if loops is not None and activation in loops.GATES and gate.dtype in loops.DTYPES:
         return loops.gated_backward(d_product, gate, up, activation)  # type: ignore[no-any-return]
     act, gradient, arguments = ACTIVATIONS[activation]
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     for here, (x, y, z) in _pieces(gate):
         act(x.copy_(gate[here]), **arguments, out=y)
-        d_up[here] = y.mul_(d_product[here])
+        d_up[here] = z.copy_(d_product[here]).mul_(y)
         z.copy_(up[here]).mul_(d_product[here])
+        d_product[here] = y.mul_(up[here])
         d_gate[here] = gradient(z, x, **arguments, grad_input=y)
-    return d_gate, d_up
+    return d_product, d_gate, d_up
 
 
 class FusedMLP(torch.autograd.Function):
@@ -67,10 +70,9 @@ class FusedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, members: Sequence[Member], activation: str, loops: Any, *ab: Tensor) -> Tensor:
         """Compute y (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
-        a, b = _cast(ab, x.dtype)
-        (gate, up), h = forward(flat, members[:2], a[:2], b[:2])
-        product = gated(gate, up, activation, loops)
-        (y,), h_down = forward(product, members[2:], a[2:], b[2:])
+        wide, narrow = _split(ab)
+        (gate, up), h = forward(flat, members[:2], *halves(wide, members[:2], x.dtype))
+        (y,), h_down = forward(gated(gate, up, activation, loops), members[2:], *halves(narrow, members[2:], x.dtype))
         ctx.members, ctx.activation, ctx.loops = members, activation, loops
         ctx.save_for_backward(flat, gate, up, h, h_down, *ab)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -80,20 +82,24 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, of all A and of all B."""
         x, gate, up, h, h_down, *ab = ctx.saved_tensors
-        a, b = _cast(ab, x.dtype)
-        flat = dy.reshape(-1, dy.shape[-1])
-        product = gated(gate, up, ctx.activation, ctx.loops)
-        d_product, da_down, db_down = backward([flat], product, h_down, ctx.members[2:], a[2:], b[2:])
-        assert d_product is not None
-        d_gate, d_up = gated_backward(d_product, gate, up, ctx.activation, ctx.loops)
-        wanted = ctx.needs_input_grad[0]
-        dx, da, db = backward([d_gate, d_up], x, h, ctx.members[:2], a[:2], b[:2], needs_dx=wanted)
-        return None if dx is None else dx.view(*dy.shape[:-1], -1), None, None, None, *da, *da_down, *db, *db_down
+        wide, narrow = _split(ab)
+        members, down = ctx.members[:2], ctx.members[2:]
+        flat = [dy.reshape(-1, dy.shape[-1])]
+        a, b = halves(narrow, down, x.dtype)
+        dh = into_h(flat, b)
+        product, *both = gated_backward(into_x(flat, dh, down, a), gate, up, ctx.activation, ctx.loops)
+        da_down, db_down = into_ab(flat, dh, product, h_down, down, b)
+        del product
+        a, b = halves(wide, members, x.dtype)
+        dh = into_h(both, b)
+        da, da_up, db, db_up = into_ab(both, dh, x, h, members, b)
+        dx = into_x(both, dh, members, a).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, da, da_up, da_down, db, db_up, db_down
 
 
-def _cast(ab: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    half = [part.to(dtype) for part in ab]
-    return half[: len(half) // 2], half[len(half) // 2 :]
+def _split(ab: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the A and B of gate and up, and those of down."""
+    return [*ab[:2], *ab[3:5]], [ab[2], ab[5]]
 
 
 def activation_of(module: torch.nn.Module) -> str | None:
