@@ -17,10 +17,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from qlora_fused.products import has_amx
+
 __all__ = ["BLOCKWISE", "COMPILED", "attention"]
 
 BLOCKWISE, COMPILED = "blockwise", "blockwise_compiled"
-ROWS = 128  # of queries in a block; measured
+ROWS, ROWS_OF_AMX = 128, 256  # of queries in a block; measured: more are quicker where products are, and skip less
 
 
 class Blockwise(torch.autograd.Function):
@@ -46,8 +48,9 @@ class Blockwise(torch.autograd.Function):
         keys, values = k.transpose(1, 2).float(), v.transpose(1, 2)
         dq = torch.empty_like(q)
         dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        for start in range(0, length, ROWS):
-            end = min(start + ROWS, length)
+        rows = ROWS_OF_AMX if q.dtype == torch.bfloat16 and has_amx() else ROWS
+        for start in range(0, length, rows):
+            end = min(start + rows, length)
             queries = q[:, :, start:end].flatten(1, 2)
             doi = do[:, start:end].permute(0, 2, 3, 1, 4).reshape(pairs, share * (end - start), -1)
             dp = _products(doi, values[:, :, :end])

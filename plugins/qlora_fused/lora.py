@@ -17,6 +17,8 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from qlora_fused.products import add_product
+
 __all__ = [
     "Group",
     "Member",
@@ -52,7 +54,7 @@ class Member:
         """Add x Q(W)^T + b to y (rows, out_features) in place, and return it; y comes small, so that rounding counts once."""
         if self.layer.bias is not None:
             y.add_(self.layer.bias.detach())  # type: ignore[operator]
-        return y.addmm_(x, self.weight(x.dtype).t())
+        return add_product(y, x, self.weight(x.dtype).t())
 
 
 def halves(ab: Sequence[Tensor], members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -90,7 +92,7 @@ def into_x(dys: Sequence[Tensor], dh: Tensor, members: Sequence[Member], a: Tens
     if kept is not None:
         dx.mul_(kept)
     for dy, member in zip(dys, members, strict=True):
-        dx.addmm_(dy, member.weight(dx.dtype))
+        add_product(dx, dy, member.weight(dx.dtype))
     return dx
 
 
