@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "from_order",
     "get",
     "numbers",
+    "octets",
     "put",
     "real",
     "sigmoid",
@@ -46,21 +48,23 @@ I16, I32, I64, SINGLE = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.Float
 DTYPES = {torch.bfloat16: types.uint16, torch.float32: types.float32}
 """Of the tensors, with what they are to numba, which does not know bfloat16: the upper half of a float32."""
 # sums in any order, so that they are made in vectors; no assumption about NaN and infinity
-ARITHMETIC = {"contract", "reassoc", "nsz", "arcp"}
+ARITHMETIC = ("contract", "reassoc", "nsz", "arcp")
 
 
 class Loop:
     """A function of that array, compiled for a dtype when it is first called with it and kept on disk for the next process."""
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
+    def __init__(self, function: Any, arithmetic: Sequence[str] = ARITHMETIC) -> None:
+        self.function, self.arithmetic = function, arithmetic
         self.compiled: dict[torch.dtype, Any] = {}
 
     def __call__(self, dtype: torch.dtype, blocks: int, *values: Tensor | int | float) -> None:
         """Run for the *blocks* with *values*: the addresses of tensors, ints, and floats as float32."""
         if dtype not in self.compiled:
             declared = types.void(types.CPointer(DTYPES[dtype]))
-            self.compiled[dtype] = cfunc(declared, cache=True, error_model="numpy", fastmath=ARITHMETIC)(self.function)
+            self.compiled[dtype] = cfunc(declared, cache=True, error_model="numpy", fastmath=set(self.arithmetic))(
+                self.function
+            )
         array = [_number(value) for value in values]
         data = (ctypes.c_int64 * (2 + len(array)))(0, blocks, *array)
         threads()(self.compiled[dtype].address, data, min(blocks, torch.get_num_threads()), 0)
@@ -122,6 +126,17 @@ def elements(context: Any, data: Any, address: Any) -> Any:
 def floats(context: Any, address: Any) -> Any:
     """Return the float32s at *address*."""
     kind = types.CPointer(types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+@intrinsic
+def octets(context: Any, address: Any) -> Any:
+    """Return the uint8s at *address*."""
+    kind = types.CPointer(types.uint8)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(kind))

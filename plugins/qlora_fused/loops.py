@@ -6,6 +6,7 @@ Imports numba.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from qlora_fused.jit import (
     from_order,
     get,
     numbers,
+    octets,
     put,
     real,
     sigmoid,
@@ -33,6 +35,7 @@ from qlora_fused.jit import (
 __all__ = [
     "DTYPES",
     "GATES",
+    "absmax",
     "gated",
     "gated_backward",
     "rms_norm",
@@ -52,6 +55,26 @@ def _blocks(elements: int) -> int:
 def _rows(rows: int, width: int) -> int:
     """Return how many rows a block has."""
     return max(1, min(rows, BLOCK // width))
+
+
+@functools.partial(Loop, arithmetic=())  # to the bits of bitsandbytes: a product and a sum that are each rounded
+def _absmax(a: Any) -> None:
+    at = numbers(a)
+    packed, code, scales, offset, out = octets(at[2]), floats(at[3]), floats(at[4]), floats(at[5]), floats(at[6])
+    n, size = at[7], at[8]
+    block = take(a)
+    while block < at[1]:
+        for i in range(block * size, min(n, (block + 1) * size)):
+            out[i] = code[packed[i]] * scales[block] + offset[0]
+        block = take(a)
+
+
+def absmax(state: Any) -> Tensor:
+    """Return the scales of the blocks of a weight, float32, where bitsandbytes quantised these once more (`state.nested`)."""
+    out, n = torch.empty(state.absmax.shape, dtype=torch.float32), state.absmax.numel()
+    code, scales, size = state.state2.code, state.state2.absmax, state.state2.blocksize
+    _absmax(torch.float32, -(-n // size), state.absmax, code, scales, state.offset, out, n, size)
+    return out
 
 
 @Loop

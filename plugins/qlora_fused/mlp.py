@@ -120,7 +120,7 @@ def fuse_mlp(module: Any, activation: str, loops: Any = None) -> None:
         layers = [self.gate_proj, self.up_proj, self.down_proj]
         # hooks: with them PEFT tells each layer which adapter a row of the batch is for
         hooked = any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
-        found = None if hooked else members_of(layers)
+        found = None if hooked else members_of(layers, loops)
         if found is None or any(member.dropout for member in found[0]):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
         dtype = compute_dtype(x, self.gate_proj)

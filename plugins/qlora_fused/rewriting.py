@@ -39,7 +39,7 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     layers = [module for module in base.modules() if fusible(module)]
     if options.linear:
         for group in _sharing_inputs(base, layers) if layers else []:
-            fuse_group(group)
+            fuse_group(group, loops)
         done["LoRA layers"] = len(layers)
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer) and not fusible(module):

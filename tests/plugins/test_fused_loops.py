@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import bitsandbytes.functional
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -145,6 +146,18 @@ def test_each_block_is_taken_once_whatever_the_threads(threads: None, count: int
     seen = torch.zeros(1000)
     counting(SINGLE, 900, seen)
     assert torch.equal(seen, (torch.arange(1000) < 900).float())
+
+
+# Scales
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (40, 96), (128, 576)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_scales_that_are_quantised_once_more_are_those_of_bitsandbytes_to_the_bit(shape: tuple[int, int], kind: str) -> None:
+    weight = values(*shape, dtype=torch.bfloat16)
+    _, state = bitsandbytes.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+    wanted = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    assert torch.equal(loops.absmax(state), wanted)
 
 
 # Gates
