@@ -75,10 +75,12 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Return q k^T (pairs, rows, n) float32 of *queries* (pairs, rows, d) with *keys* (pairs, d, n) float32."""
-    # products of bfloat16 come out rounded to it, which is too coarse for an exponent
-    exact = _units_of_bfloat16() if queries.dtype == torch.bfloat16 else contextlib.nullcontext()
-    with torch.autocast(queries.device.type, enabled=False), exact:  # the backward pass may be called in autocast
-        return _products(queries.float(), keys)
+    with torch.autocast(queries.device.type, enabled=False):  # the backward pass may be called in autocast
+        if queries.dtype != torch.bfloat16:
+            return _products(queries.float(), keys)
+        # products of bfloat16 come out rounded to it, which is too coarse for an exponent
+        with _units_of_bfloat16():
+            return torch.bmm(queries.float(), keys)
 
 
 @contextlib.contextmanager
