@@ -26,7 +26,9 @@ class FusedOptions(ProviderOptions):
     mlp: bool = Field(True, description="gated MLPs as one function that does not save the product of its halves")
     norm: bool = Field(True, description="norms in float32 with an output in the dtype of the products; float32 residuals")
     rotary: bool = Field(True, description="rotary embeddings without concatenation, rounded once")
-    attention: bool = Field(True, description="on the CPU: causal attention in blocks of rows by plain matrix products")
+    attention: bool = Field(
+        True, description="on the CPU: causal attention that goes back in blocks of rows and keeps no probabilities"
+    )
     liger: bool = Field(True, description="on CUDA: norms, MLPs and rotary embeddings of liger-kernel, where it is installed")
     compiled: bool = Field(True, description="on the CPU: what lies between matrix products in loops that numba compiles")
     keep_pages: bool = Field(True, description="on the CPU: freed memory stays in the process, for the next step to use")

@@ -33,8 +33,11 @@ class Blockwise(torch.autograd.Function):
         """q: (B, H, T, d), k: (B, K, T, d), v: (B, K, T, dv), H a multiple of K; return (B, T, H, dv)."""
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.loops = scale, loops if loops is not None and q.dtype in loops.DTYPES else None
+        # of one width: torch keeps all probabilities of values that are less wide than keys
+        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
         shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale, enable_gqa=shared)
+        return out[..., : v.shape[-1]].transpose(1, 2).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,17 +88,17 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _units_of_bfloat16() -> Iterator[None]:
-    """Let products of float32 be made by the units for bfloat16: of numbers that are bfloat16 they are the same, and sooner."""
-    products: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 has it
-    if products is None:
-        yield
-        return
+    """Let products of float32 be made by the units for bfloat16: of numbers that are bfloat16 they are the same, and sooner.
+
+    That holds for the whole process, so that no other thread may multiply float32 meanwhile.
+    """
+    everywhere, products = torch.backends.mkldnn, torch.backends.mkldnn.matmul
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        products.fp32_precision = before
+        products.fp32_precision = "none" if before == everywhere.fp32_precision else before  # none: what holds everywhere
 
 
 def _softmax_backward(scores: Tensor, dp: Tensor, start: int, scale: float, loops: Any) -> tuple[Tensor, Tensor]:
@@ -107,8 +110,8 @@ def _softmax_backward(scores: Tensor, dp: Tensor, start: int, scale: float, loop
         return loops.softmax_backward(scores, dp, start, scale)  # type: ignore[no-any-return]
     rows = scores.shape[-1] - start
     later = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
-    scores.view(len(scores), -1, rows, scores.shape[-1])[..., start:].masked_fill_(later, -torch.inf)
-    p = torch.softmax(scores.mul_(scale), -1)
+    scores.mul_(scale).view(len(scores), -1, rows, scores.shape[-1])[..., start:].masked_fill_(later, -torch.inf)
+    p = torch.softmax(scores, -1)
     return p.to(dp.dtype), torch._softmax_backward_data(dp.float(), p, -1, p.dtype).mul_(scale).to(dp.dtype)
 
 

@@ -38,13 +38,14 @@ __all__ = [
     "absmax",
     "gated",
     "gated_backward",
+    "knows",
     "rms_norm",
     "rms_norm_backward",
     "rotated",
     "softmax_backward",
 ]
 
-ZERO, HALF, TWO, THREE = (np.float32(number) for number in (0, 0.5, 2, 3))
+ZERO, TWO, THREE = (np.float32(number) for number in (0, 2, 3))
 CUBIC, ROOT = np.float32(0.044715), np.float32(0.7978845608)  # sqrt(2 / pi)
 
 
@@ -69,8 +70,16 @@ def _absmax(a: Any) -> None:
         block = take(a)
 
 
+def knows(state: Any) -> bool:
+    """Return whether `absmax` takes *state*, a QuantState of bitsandbytes: on the CPU, nested, its numbers float32."""
+    if not state.nested or state.absmax.device.type != "cpu":
+        return False
+    wide = (state.offset, state.state2.absmax, state.state2.code)
+    return state.state2.dtype == torch.float32 and all(numbers.dtype == torch.float32 for numbers in wide)
+
+
 def absmax(state: Any) -> Tensor:
-    """Return the scales of the blocks of a weight, float32, where bitsandbytes quantised these once more (`state.nested`)."""
+    """Return the scales of the blocks of a weight, float32, which bitsandbytes quantised once more, of a state it `knows`."""
     out, n = torch.empty(state.absmax.shape, dtype=torch.float32), state.absmax.numel()
     code, scales, size = state.state2.code, state.state2.absmax, state.state2.blocksize
     _absmax(torch.float32, -(-n // size), state.absmax, code, scales, state.offset, out, n, size)
@@ -210,16 +219,9 @@ def _rotated(a: Any) -> None:
     at = numbers(a)
     x, cos, sin, out = elements(a, at[2]), floats(at[3]), floats(at[4]), elements(a, at[5])
     tokens, heads, width, turning = at[6], at[7], at[8], at[9]
-    x_batch, x_head, x_token, out_batch, out_head, out_token, turn_batch, sign = (
-        at[10],
-        at[11],
-        at[12],
-        at[13],
-        at[14],
-        at[15],
-        at[16],
-        at[17],
-    )
+    x_batch, x_head, x_token = at[10], at[11], at[12]
+    out_batch, out_head, out_token = at[13], at[14], at[15]
+    turn_batch, sign = at[16], at[17]
     half = turning // 2
     first, second = (half, 0) if sign < 0 else (0, half)  # turning back is the transposed of turning
     direction = np.float32(sign)
@@ -249,22 +251,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, sign: int) -> Tens
     batch, heads, tokens, width = x.shape
     turning = cos.shape[-1]
     per_batch = tokens * turning if len(cos) > 1 else 0
-    _rotated(
-        x.dtype,
-        batch * heads,
-        x,
-        cos,
-        sin,
-        out,
-        tokens,
-        heads,
-        width,
-        turning,
-        *x.stride()[:3],
-        *out.stride()[:3],
-        per_batch,
-        sign,
-    )
+    strides = (*x.stride()[:3], *out.stride()[:3], per_batch)
+    _rotated(x.dtype, batch * heads, x, cos, sin, out, tokens, heads, width, turning, *strides, sign)
     return out
 
 

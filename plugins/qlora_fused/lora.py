@@ -26,10 +26,10 @@ __all__ = [
     "forward",
     "fuse_group",
     "fusible",
-    "halves",
     "into_ab",
     "into_h",
     "into_x",
+    "matrices",
     "members_of",
     "output_dtype",
 ]
@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Member:
-    """One frozen layer, with the scale of its adapter (alpha / r) and the dropout of the adapter's input."""
+    """One frozen layer, with the scale of its adapter (alpha / r), the dropout of the adapter's input, and compiled loops."""
 
     layer: torch.nn.Module
     scale: float
@@ -50,7 +50,7 @@ class Member:
         if not isinstance(self.layer, Linear4bit):
             return weight.detach().to(dtype)  # type: ignore[no-any-return]
         data, state = weight.data, weight.quant_state
-        if self.loops is None or not state.nested or data.shape[0] == 1:
+        if self.loops is None or not self.loops.knows(state) or data.shape[0] == 1:
             return dequantize_4bit(data, state).to(dtype)
         blocks = self.loops.absmax(state)  # in one call, and not in two of a few microseconds' work each
         dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
@@ -63,7 +63,7 @@ class Member:
         return add_product(y, x, self.weight(x.dtype).t())
 
 
-def halves(ab: Sequence[Tensor], members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def matrices(ab: Sequence[Tensor], members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Return [A_1; A_2; ...] (sum of ranks, in) and all s_i B_i (out_i, r_i), in *dtype*, given all A and then all B."""
     a, b = ab[: len(members)], ab[len(members) :]
     return torch.cat(list(a)).to(dtype), [(part * member.scale).to(dtype) for part, member in zip(b, members, strict=True)]
@@ -74,7 +74,7 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """Return y_i (rows, out_i), and h = x [A_1; A_2; ...]^T (rows, sum of ranks), which the gradients need.
 
-    x: (rows, in); *a* and *b* are as `halves` returns them, of the dtype of the products. *seen* is x after dropout.
+    x: (rows, in); *a* and *b* are as `matrices` returns them, of the dtype of the products. *seen* is x after dropout.
     """
     h = (x if seen is None else seen) @ a.t()
     parts = zip(members, h.split([part.shape[1] for part in b], dim=1), b, strict=True)
@@ -122,7 +122,7 @@ class FusedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, members: Sequence[Member], *ab: Tensor) -> tuple[Tensor, ...]:
         """Compute y; with dropout, which is drawn as PEFT draws it, there is one member."""
         flat = x.reshape(-1, x.shape[-1])
-        a, b = halves(ab, members, x.dtype)
+        a, b = matrices(ab, members, x.dtype)
         kept = seen = None
         if members[0].dropout:
             kept = torch.empty_like(x).bernoulli_(1 - members[0].dropout).view_as(flat)
@@ -142,7 +142,7 @@ class FusedLinear(torch.autograd.Function):
         if ctx.dropped:
             kept = rest.pop(0).to(x.dtype).div_(1 - ctx.members[0].dropout)
         h, *ab = rest
-        a, b = halves(ab, ctx.members, x.dtype)
+        a, b = matrices(ab, ctx.members, x.dtype)
         flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dh = into_h(flat, b)
         dab = into_ab(flat, dh, x if kept is None else x * kept, h, ctx.members, b)
@@ -154,7 +154,7 @@ class FusedLinear(torch.autograd.Function):
 def _compute(x: Tensor, members: Sequence[Member], ab: list[Tensor]) -> Sequence[Tensor]:
     if torch.is_grad_enabled() or any(member.dropout for member in members):
         return FusedLinear.apply(x, members, *ab)  # type: ignore[no-any-return,no-untyped-call]
-    ys, _ = forward(x.reshape(-1, x.shape[-1]), members, *halves(ab, members, x.dtype))
+    ys, _ = forward(x.reshape(-1, x.shape[-1]), members, *matrices(ab, members, x.dtype))
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_fused.lora import Member, compute_dtype, forward, halves, into_ab, into_h, into_x, members_of, output_dtype
+from qlora_fused.lora import Member, compute_dtype, forward, into_ab, into_h, into_x, matrices, members_of, output_dtype
 
 __all__ = ["ACTIVATIONS", "activation_of", "fuse_mlp"]
 
@@ -71,8 +71,8 @@ class FusedMLP(torch.autograd.Function):
         """Compute y (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
         wide, narrow = _split(ab)
-        (gate, up), h = forward(flat, members[:2], *halves(wide, members[:2], x.dtype))
-        (y,), h_down = forward(gated(gate, up, activation, loops), members[2:], *halves(narrow, members[2:], x.dtype))
+        (gate, up), h = forward(flat, members[:2], *matrices(wide, members[:2], x.dtype))
+        (y,), h_down = forward(gated(gate, up, activation, loops), members[2:], *matrices(narrow, members[2:], x.dtype))
         ctx.members, ctx.activation, ctx.loops = members, activation, loops
         ctx.save_for_backward(flat, gate, up, h, h_down, *ab)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -85,12 +85,12 @@ class FusedMLP(torch.autograd.Function):
         wide, narrow = _split(ab)
         members, down = ctx.members[:2], ctx.members[2:]
         flat = [dy.reshape(-1, dy.shape[-1])]
-        a, b = halves(narrow, down, x.dtype)
+        a, b = matrices(narrow, down, x.dtype)
         dh = into_h(flat, b)
         product, *both = gated_backward(into_x(flat, dh, down, a), gate, up, ctx.activation, ctx.loops)
         da_down, db_down = into_ab(flat, dh, product, h_down, down, b)
         del product
-        a, b = halves(wide, members, x.dtype)
+        a, b = matrices(wide, members, x.dtype)
         dh = into_h(both, b)
         da, da_up, db, db_up = into_ab(both, dh, x, h, members, b)
         dx = into_x(both, dh, members, a).view(*dy.shape[:-1], -1) if ctx.needs_input_grad[0] else None

@@ -58,17 +58,20 @@ def _add_halves(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
 def halves_are_quicker(rows: int, inner: int, columns: int, transposed: bool, threads: int) -> bool:
     """Return what was found on this machine, with these *threads*; measures and keeps it where nothing was.
 
-    *transposed* is whether the weight (in, out) is that of a layer (out, in), transposed.
+    *transposed* is whether the weight (in, out) is that of a layer (out, in), transposed. What can't be kept is not halved: a
+    resumed run would not know.
     """
     if threads == 1:
         return False
-    file = cache_folder() / "products.json"
+    try:
+        file = cache_folder() / "products.json"
+    except RuntimeError:  # who has no home
+        return False
     key = f"{_machine()}, {threads} threads: {rows} x {inner} x {columns}{' transposed' if transposed else ''}"
-    found = _read(file)
-    if key not in found:
-        found = {**_read(file), key: _measured(rows, inner, columns, transposed) > GAIN}
-        _write(file, found)
-    return found[key]
+    if key not in _read(file):
+        found = _measured(rows, inner, columns, transposed) > GAIN
+        _write(file, {key: found, **_read(file)})  # what another process found meanwhile stands
+    return _read(file).get(key, False)
 
 
 def _machine() -> str:

@@ -180,7 +180,7 @@ class QLoRATrainer(transformers.Trainer):
     # What is measured
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return what the library does; it is as much for each token, and counting parameters at each step takes a while."""
+        """Return the operations of a step as the library counts them, which counts all parameters each time."""
         if self._flops_per_token is None:
             self._flops_per_token = super().floating_point_ops(inputs) // inputs["input_ids"].numel()
         return self._flops_per_token * inputs["input_ids"].numel()  # type: ignore[no-any-return]

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+# the same on every machine, whatever its CPU multiplies best
+IN_FLOAT32 = ("--set", "model.dtype=float32", "--set", "training.mixed_precision=none")
 CHECKS = ["micro-batch split", "packing", "padding side", "kernels", "save and resume"]
 
 FAULTS = """
@@ -117,7 +119,7 @@ def test_sound_parts_pass_all_checks_and_nothing_is_written(
 ) -> None:
     config = write_config(adapter={"dropout": 0.1})
     before = snapshot(here)
-    answer = report(qlora("verify", config, "--json", "--quiet"))
+    answer = report(qlora("verify", config, "--json", "--quiet", *IN_FLOAT32))
     assert snapshot(here) == before
     assert answer["passed"] is True
     assert answer["dtype"] == "float32"
@@ -136,11 +138,18 @@ def test_sound_parts_pass_all_checks_and_nothing_is_written(
     assert notes["save and resume"] == "steps 3 to 4 after a checkpoint; metrics and 28 trained tensors are the same bits"
 
 
+def test_sound_parts_pass_in_bfloat16(qlora: Callable[..., Any], write_config: Callable[..., Path]) -> None:
+    answer = report(qlora("verify", write_config(), "--json", "--quiet", "--set", "training.mixed_precision=bf16"))
+    assert (answer["passed"], answer["dtype"]) == (True, "bfloat16")
+    assert [check["result"] for check in answer["checks"]] == ["pass"] * 5
+    assert max(check["gradients"] for check in answer["checks"]) > 1e-4  # the limits are those of bfloat16
+
+
 def test_the_table_has_a_line_per_check_and_quiet_leaves_only_it(
     qlora: Callable[..., Any], write_config: Callable[..., Path]
 ) -> None:
     config = write_config(training={"batch_size": 2, "gradient_accumulation": 8})
-    result = qlora("verify", config, "--rows", 2, "--quiet", "--trace", "--set", "data.packing=false")
+    result = qlora("verify", config, "--rows", 2, "--quiet", "--trace", "--set", "data.packing=false", *IN_FLOAT32)
     assert result.code == 0, result.err
     assert all(line.startswith("trace: ") for line in result.err.splitlines())
     assert "2 samples of 32, 16 tokens, in float32" in result.out
@@ -173,7 +182,7 @@ def test_each_check_can_fail(
 ) -> None:
     module = write_module("faults", FAULTS)
     config = write_config(kernels=name, data={"packing": packing})
-    result = qlora("verify", config, "-p", module, "--json", "--quiet")
+    result = qlora("verify", config, "-p", module, "--json", "--quiet", *IN_FLOAT32)
     assert (result.code, result.err) == (1, "")
     answer = report(result, 1)
     assert answer["passed"] is False

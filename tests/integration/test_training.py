@@ -15,9 +15,11 @@ import yaml
 
 from qlora_bitsandbytes import NF4
 from qlora_console import EarlyStopping, Integration, Progress
-from qlora_core import ConfigError, DataError, Finished, RunConfig, evaluate
+from qlora_core import ConfigError, DataError, Finished, RunConfig, evaluate, inject_adapter, load_model
 from qlora_core.data.encode import encode
+from qlora_core.testing.tiny import tiny_config
 from qlora_core.training.arguments import training_arguments
+from qlora_core.training.trainer import QLoRATrainer
 from qlora_peft import LoRA
 from qlora_text import TextFile
 
@@ -136,6 +138,14 @@ def test_any_trainer_callback_works_as_it_is(run: Callable[..., Finished]) -> No
     count = Count()
     run(callbacks=[count, Progress()])
     assert count.steps == 3
+
+
+def test_operations_are_counted_as_the_library_counts_them() -> None:
+    trainer: Any = object.__new__(QLoRATrainer)
+    trainer.model, trainer._flops_per_token = inject_adapter(load_model(tiny_config(), NF4()), LoRA(r=4)), None
+    for rows, tokens in ((2, 7), (1, 32), (3, 5)):
+        batch = {"input_ids": torch.zeros(rows, tokens, dtype=torch.int64)}
+        assert trainer.floating_point_ops(batch) == transformers.Trainer.floating_point_ops(trainer, batch) > 0
 
 
 def test_the_bridge_builds_a_callback_by_module_and_class(run: Callable[..., Finished], capsys: Any) -> None:

@@ -571,6 +571,7 @@ def attended(given: Sequence[Tensor], scale: float | None) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in given]
     y, weights = blockwise.attention(nn.Module(), *leaves, None, scaling=scale)
     assert weights is None
+    assert y.is_contiguous()  # as transformers' own gives it: some models view it
     return [y, *gradients(y, leaves)]
 
 

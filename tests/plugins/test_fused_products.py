@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,14 @@ def given(transposed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return where findings are kept, empty, as on a machine with AMX and two threads."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give where findings are kept, empty, as on a machine with AMX and two threads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(products, "has_amx", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     products.halves_are_quicker.cache_clear()
-    return tmp_path / "qlora-core" / "products.json"
+    yield tmp_path / "qlora-core" / "products.json"
+    products.halves_are_quicker.cache_clear()  # or what was pretended here would hold for other tests
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -64,7 +66,25 @@ def test_a_file_that_is_none_and_a_folder_that_cannot_be_made_harm_nothing(
     cache.parent.rmdir()
     cache.parent.write_text("a file")
     products.halves_are_quicker.cache_clear()
+    assert not products.halves_are_quicker(*SHAPE, False, 2)
+
+
+def test_what_another_process_found_meanwhile_stands(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    def measured(*shape: object) -> float:
+        cache.parent.mkdir(exist_ok=True)
+        cache.write_text(json.dumps(dict.fromkeys(["other", *keys], False)))
+        return 2.0
+
+    monkeypatch.setattr(products, "_measured", measured)
     assert products.halves_are_quicker(*SHAPE, False, 2)
+    keys += [key for key in json.loads(cache.read_text()) if key != "other"]
+    assert len(keys) == 1
+    cache.unlink()
+    products.halves_are_quicker.cache_clear()
+    assert not products.halves_are_quicker(*SHAPE, False, 2)
+    assert json.loads(cache.read_text()) == {"other": False, keys[0]: False}
 
 
 def test_one_thread_and_sizes_that_do_not_matter_are_not_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
