@@ -33,10 +33,10 @@ class Blockwise(torch.autograd.Function):
         """q: (B, H, T, d), k: (B, K, T, d), v: (B, K, T, dv), H a multiple of K; return (B, T, H, dv)."""
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.loops = scale, loops if loops is not None and q.dtype in loops.DTYPES else None
-        # of one width: torch keeps all probabilities of values that are less wide than keys
-        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if v.shape[-1] < q.shape[-1] else v
-        shared = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, wide, is_causal=True, scale=scale, enable_gqa=shared)
+        width, shared = max(q.shape[-1], v.shape[-1]), q.shape[1] != k.shape[1]
+        # of one width: otherwise torch keeps all probabilities
+        even = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*even, is_causal=True, scale=scale, enable_gqa=shared)
         return out[..., : v.shape[-1]].transpose(1, 2).contiguous()
 
     @staticmethod

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,14 @@ STEP = 32  # columns that the first half is a multiple of: what the units for bf
 
 
 @functools.cache
+def _cpu() -> dict[str, Any]:
+    """Return what torch knows of the CPU; older versions don't tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()  # type: ignore[no-any-return]
+
+
 def has_amx() -> bool:
     """Return whether the CPU multiplies tiles of bfloat16."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch don't tell
-    return bool(capabilities.get("amx_bf16"))
+    return bool(_cpu().get("amx_bf16"))
 
 
 def add_product(y: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -67,16 +72,12 @@ def halves_are_quicker(rows: int, inner: int, columns: int, transposed: bool, th
         file = cache_folder() / "products.json"
     except RuntimeError:  # who has no home
         return False
-    key = f"{_machine()}, {threads} threads: {rows} x {inner} x {columns}{' transposed' if transposed else ''}"
+    machine = f"{_cpu().get('cpu_name')}, L2 {_cpu().get('l2_cache_size')}, torch {torch.__version__}"
+    key = f"{machine}, {threads} threads: {rows} x {inner} x {columns}{' transposed' if transposed else ''}"
     if key not in _read(file):
         found = _measured(rows, inner, columns, transposed) > GAIN
         _write(file, {key: found, **_read(file)})  # what another process found meanwhile stands
     return _read(file).get(key, False)
-
-
-def _machine() -> str:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return f"{capabilities.get('cpu_name')}, L2 {capabilities.get('l2_cache_size')}, torch {torch.__version__}"
 
 
 def _measured(rows: int, inner: int, columns: int, transposed: bool) -> float:

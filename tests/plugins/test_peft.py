@@ -175,8 +175,8 @@ def works(method: str, quantizer: Quantizer, model: Path, folder: Path) -> str:
     torch.manual_seed(3)
     moved = float((after - first).abs().max())  # bfloat16 rounds a large update more coarsely
     far = (logits(adapter.load(plain, folder)) - after).abs().amax(-1)  # of each token
-    # one token in ten may be where a rounding decides much: randlora on int8 has such a one on some CPUs
-    if far.float().quantile(0.9) > max(0.02, 0.15 * moved):
+    # int8 rounds activations, too: one token in ten may be where that decides much, as randlora has one on some CPUs
+    if far.float().quantile(0.9 if quantizer.name == "int8" else 1.0) > max(0.02, 0.15 * moved):
         return "means something else on the dequantised weights"
     return ""
 
