@@ -182,5 +182,6 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(part) for part in typing.get_args(hint)))
+        # sorted: the order of a union is that of whichever equal one was made first in the process
+        return " or ".join(sorted({_words(part) for part in typing.get_args(hint)}, key=lambda words: (words == "null", words)))
     return WORDS[origin]

@@ -17,7 +17,7 @@ from qlora_core.model import build_skeleton, inject_adapter, load_model
 from qlora_core.parts import Parts
 from qlora_core.providers import Quantizer
 from qlora_peft import AnyPEFT, LoRA
-from qlora_peft.anymethod import methods
+from qlora_peft.anymethod import _words, methods
 from qlora_peft.methods import LENGTHENS, NEVER, why_not
 from qlora_plain import NoQuantizer
 from qlora_text import TextFile
@@ -252,6 +252,11 @@ def test_what_peft_would_not_take_is_refused_where_it_stands(options: Any, where
     found = problem_of(AnyPEFT(**options))
     assert found[0] == where
     assert found[1].startswith(what)
+
+
+def test_kinds_are_named_in_one_order_whatever_was_imported_before() -> None:
+    for hint in (str | list[str] | None, list[str] | None | str):
+        assert _words(hint) == "a list or text or null"
 
 
 def test_a_misspelt_name_gets_a_guess() -> None:
