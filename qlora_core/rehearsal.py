@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_core.config import ModelConfig, RunConfig
 from qlora_core.errors import DataError, QLoRAError, RunError
+from qlora_core.kernels import apply_kernels
 from qlora_core.libraries import import_libraries
 from qlora_core.parts import Parts, Weighted
 from qlora_core.pipeline import Interrupted, execute
@@ -113,7 +114,9 @@ def _go(config: RunConfig, parts: Parts, stages: Stages, *, quiet: bool) -> None
         execute(config, replace(limited, exporters=()), resume=str(middle) if middle.is_dir() else True, quiet=quiet)
     stages.begin("generate")
     saved = SavedRun(run, parts.quantizer, parts.adapter)
-    generate(saved.add_adapter(saved.load_base()), saved.load_tokenizer(), "The", max_new_tokens=4)
+    model = saved.add_adapter(saved.load_base())
+    apply_kernels(model, config, parts)
+    generate(model, saved.load_tokenizer(), "The", max_new_tokens=4)
 
 
 def _shortened(config: RunConfig, model: ModelConfig, output: Path) -> RunConfig:

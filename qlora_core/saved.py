@@ -70,8 +70,7 @@ class SavedRun:
     def apply_kernels(self, adapted: torch.nn.Module) -> torch.nn.Module:
         """Return *adapted*, rewritten in place by the kernels that the run's configuration names.
 
-        For whole texts, as in an evaluation; writing a token at a time is not faster with them. Raises ConfigError where they
-        are not installed.
+        Raises ConfigError where they are not installed.
         """
         config = self.run.config
         if self.registry is not None:

@@ -107,6 +107,8 @@ def numbers(context: Any, data: Any) -> Any:
     kind = types.CPointer(types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if "+avx512bf16" in context.codegen().magic_tuple()[2]:  # LLVM's default, half of it, is for older ones that slow down
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # (add itself knows no attribute with a value)
         return builder.bitcast(args[0], context.get_value_type(kind))
 
     return kind(data), generate

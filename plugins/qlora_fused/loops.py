@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora_fused.gemv import gemv, multiplies
 from qlora_fused.jit import (
     BLOCK,
     DTYPES,
@@ -38,7 +39,9 @@ __all__ = [
     "absmax",
     "gated",
     "gated_backward",
+    "gemv",
     "knows",
+    "multiplies",
     "rms_norm",
     "rms_norm_backward",
     "rotated",

@@ -26,6 +26,7 @@ __all__ = [
     "forward",
     "fuse_group",
     "fusible",
+    "infer",
     "into_ab",
     "into_h",
     "into_x",
@@ -56,6 +57,10 @@ class Member:
         dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
         return dequantize(data, blocks, state.blocksize, state.quant_type, state.shape, state.dtype).to(dtype)  # type: ignore[no-any-return]
 
+    def stays_packed(self, x: Tensor) -> bool:
+        """Return whether x (rows, in) has so few rows that it is multiplied by the packed weight."""
+        return isinstance(self.layer, Linear4bit) and self.loops is not None and self.loops.multiplies(self.layer, x)
+
     def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """Add x Q(W)^T + b to y (rows, out_features) in place, and return it; y comes small, so that rounding counts once."""
         if self.layer.bias is not None:
@@ -80,6 +85,14 @@ def forward(
     parts = zip(members, h.split([part.shape[1] for part in b], dim=1), b, strict=True)
     # the small product first: added to the large one while that is still float32, and the sum is rounded once
     return [member.add_product(torch.mm(own, part.t()), x) for member, own, part in parts], h
+
+
+def infer(x: Tensor, members: Sequence[Member], ab: Sequence[Tensor]) -> list[Tensor]:
+    """Return y_i (rows, out_i) where nobody asks for gradients, given all A and then all B. x: (rows, in)."""
+    if all(member.stays_packed(x) for member in members):
+        layers, scales = zip(*((member.layer, member.scale) for member in members), strict=True)
+        return members[0].loops.gemv(x, layers, ab, scales)  # type: ignore[no-any-return]
+    return forward(x, members, *matrices(ab, members, x.dtype))[0]
 
 
 def into_h(dys: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -154,15 +167,14 @@ class FusedLinear(torch.autograd.Function):
 def _compute(x: Tensor, members: Sequence[Member], ab: list[Tensor]) -> Sequence[Tensor]:
     if torch.is_grad_enabled() or any(member.dropout for member in members):
         return FusedLinear.apply(x, members, *ab)  # type: ignore[no-any-return,no-untyped-call]
-    ys, _ = forward(x.reshape(-1, x.shape[-1]), members, *matrices(ab, members, x.dtype))
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in infer(x.reshape(-1, x.shape[-1]), members, ab)]
 
 
 def fusible(layer: torch.nn.Module) -> bool:
     """Return whether *layer* is LoRA of PEFT on a frozen linear layer, packed in 4 bits or plain."""
     if not isinstance(layer, LoraLayer):
         return False
-    base: Any = layer.get_base_layer()
+    base: Any = layer.base_layer
     if isinstance(base, Linear4bit):
         return base.weight.quant_state is not None and not _trained(base)
     # a packed weight may be a tensor of a class of its own in an ordinary layer, as torchao's is
@@ -190,7 +202,7 @@ def members_of(layers: Sequence[Any], loops: Any = None) -> tuple[tuple[Member, 
             return None
         dropout = layer.lora_dropout[name]
         rate = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
-        members.append(Member(layer.get_base_layer(), layer.scaling[name], rate, loops))
+        members.append(Member(layer.base_layer, layer.scaling[name], rate, loops))
         a.append(layer.lora_A[name].weight)
         b.append(layer.lora_B[name].weight)
     return tuple(members), [*a, *b]
@@ -200,7 +212,7 @@ def compute_dtype(x: Tensor, layer: Any) -> torch.dtype:
     """Return the dtype of the products of *layer*, LoRA of PEFT, with *x*: autocast's, else the layer's own."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    base = layer.get_base_layer()
+    base = layer.base_layer
     return (base.compute_dtype or x.dtype) if isinstance(base, Linear4bit) else base.weight.dtype  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_fused.lora import Member, compute_dtype, forward, into_ab, into_h, into_x, matrices, members_of, output_dtype
+from qlora_fused.lora import Member, compute_dtype, forward, infer, into_ab, into_h, into_x, matrices, members_of, output_dtype
 
 __all__ = ["ACTIVATIONS", "activation_of", "fuse_mlp"]
 
@@ -97,6 +97,13 @@ class FusedMLP(torch.autograd.Function):
         return dx, None, None, None, da, da_up, da_down, db, db_up, db_down
 
 
+def _infer(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab: Sequence[Tensor]) -> Tensor:
+    wide, narrow = _split(ab)
+    gate, up = infer(x.reshape(-1, x.shape[-1]), members[:2], wide)
+    (y,) = infer(gated(gate, up, activation, loops), members[2:], narrow)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def _split(ab: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the A and B of gate and up, and those of down."""
     return [*ab[:2], *ab[3:5]], [ab[2], ab[5]]
@@ -128,6 +135,8 @@ def fuse_mlp(module: Any, activation: str, loops: Any = None) -> None:
             return type(self).forward(self, x)  # type: ignore[no-any-return]
         members, ab = found
         with torch.autocast(x.device.type, enabled=False):
+            if not torch.is_grad_enabled():
+                return _infer(x.to(dtype), members, activation, loops, ab)
             return FusedMLP.apply(x.to(dtype), members, activation, loops, *ab)  # type: ignore[no-any-return,no-untyped-call]
 
     module.forward = types.MethodType(forward, module)

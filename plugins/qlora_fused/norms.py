@@ -25,10 +25,10 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, loops: Any = None) -> Tensor:
         """x: (..., d), scale: (d,) float32, nowhere 0; return (..., d) in *dtype*."""
-        if loops is not None and (x.dtype != torch.float32 or dtype not in loops.DTYPES):
+        if loops is not None and dtype not in loops.DTYPES:
             loops = None
         if loops is not None:
-            y, inverse = loops.rms_norm(x.contiguous(), scale, eps, dtype)
+            y, inverse = loops.rms_norm(x.float().contiguous(), scale, eps, dtype)
         else:
             wide = x.float()
             inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -43,7 +43,8 @@ class RMSNorm(torch.autograd.Function):
         """dx = inverse * (dy * scale - y / scale * mean(dy * y))."""
         y, inverse, scale = ctx.saved_tensors
         if ctx.loops is not None:
-            return ctx.loops.rms_norm_backward(dy.contiguous(), y, inverse, scale), None, None, None, None
+            dx = ctx.loops.rms_norm_backward(dy.contiguous(), y, inverse, scale)
+            return dx.to(ctx.dtype), None, None, None, None
         wide = dy.float()
         mean = (wide * y).mean(-1, keepdim=True)
         dx = (wide * scale).sub_((y * scale.reciprocal()).mul_(mean)).mul_(inverse)
@@ -74,7 +75,8 @@ def fuse_rms_norm(module: Any, eps: float, plus: int, dtype_of: Callable[[Tensor
     """Let *module* compute as RMSNorm does; `dtype_of(x)` is the dtype of its output."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        scale = self.weight.detach().float() + plus
+        scale = self.weight.detach().float()
+        scale = scale + plus if plus else scale
         return RMSNorm.apply(x, scale, eps, dtype_of(x), loops)  # type: ignore[no-any-return,no-untyped-call]
 
     module.forward = types.MethodType(forward, module)

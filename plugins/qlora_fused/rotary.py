@@ -65,7 +65,7 @@ def apply_rotary_pos_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, loops: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Return q and k rotated, with the signature of transformers' functions of this name."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    cos, sin = cos.unsqueeze(unsqueeze_dim).float(), sin.unsqueeze(unsqueeze_dim).float()
     return Rotary.apply(q, cos, sin, loops), Rotary.apply(k, cos, sin, loops)  # type: ignore[no-untyped-call]
 
 

@@ -104,7 +104,7 @@ def _lies_in(module: str, folder: Path) -> bool:
 def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None, *, trust: bool) -> tuple[Any, Any]:
     if Run.holds_a_run(Path(source)):
         saved, _ = open_run(source, modules, disable, trust=trust)
-        return saved.add_adapter(saved.load_base()), saved.load_tokenizer()
+        return saved.apply_kernels(saved.add_adapter(saved.load_base())), saved.load_tokenizer()
     from qlora_core.model import load_model, load_tokenizer
 
     model = ModelConfig(path=source, trust_remote_code=trust)

@@ -26,7 +26,7 @@ from qlora_core.device import supports_bf16
 from qlora_core.packed import prepare_packed
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss
-from qlora_fused import Fused
+from qlora_fused import Fused, rewriting
 from qlora_fused.blockwise import COMPILED
 from qlora_peft import LoRA
 
@@ -214,6 +214,31 @@ def test_greedy_generation_with_a_cache_gives_the_same_tokens(folder_of: Callabl
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
 
+def test_a_new_token_is_multiplied_by_weights_that_stay_packed(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops = rewriting._loops()
+    if loops is None:
+        pytest.skip("loops are not compiled here")
+    calls: list[tuple[int, int]] = []
+
+    def counted(x: torch.Tensor, layers: Sequence[Any], *rest: Any) -> list[torch.Tensor]:
+        calls.append((len(x), len(layers)))
+        return gemv(x, layers, *rest)  # type: ignore[no-any-return]
+
+    gemv = loops.gemv
+    monkeypatch.setattr(loops, "gemv", counted)
+    model = build(folder_of("llama"), fused=True).eval()
+    depth = base_of(model).config.num_hidden_layers
+    calls.clear()
+    prompt = torch.randint(2, 380, (1, 12), generator=torch.Generator().manual_seed(5))
+    model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    queries_to_values, output, gate_and_up, down = (1, 3), (1, 1), (1, 2), (1, 1)
+    assert calls == 3 * depth * [queries_to_values, output, gate_and_up, down]  # the first one comes from the prompt
+
+
 @pytest.mark.parametrize(
     ("dtype", "upcast", "compute"),
     [("bfloat16", True, "auto"), ("bfloat16", False, "float32"), ("float32", False, "bfloat16"), ("bfloat16", False, "auto")],
@@ -392,7 +417,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Wiring:
-    """One way to wire the model, and what it gave: gradients of each batch, for each case, and losses of short rows' tokens."""
+    """One way to wire the model, and what it gave: gradients of batches for each case, losses of short rows' tokens, logits."""
 
     model: Any
     head: Head | None = None
@@ -401,6 +426,8 @@ class Wiring:
     nats: list[torch.Tensor] = field(default_factory=list)
     same_bits: list[bool] = field(default_factory=list)
     """Whether layers that are checkpointed, without dropout and with it, give the gradients that they gave before."""
+    logits: torch.Tensor | None = None
+    """Of tokens that come one by one, (T, V)."""
 
     def run(self, tokens: torch.Tensor) -> None:
         for index in range(BATCHES):
@@ -411,7 +438,18 @@ class Wiring:
             self.model.zero_grad()
             self.add({"input_ids": row, "labels": labels}, SUPERVISED)
             self.gradients["long"].append(self.gradient())
+        self.logits = self.write(tokens[:40])
         self.model = self.head = None
+
+    def write(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits after each token (T, V), with a cache, as when text is written."""
+        self.model.eval()
+        cache, logits = transformers.DynamicCache(), []
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=AUTOCAST and not self.exact):
+            for token in tokens:
+                output = self.model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+                logits.append(output.logits[0, -1])
+        return torch.stack(logits)
 
     def run_short(self, tokens: torch.Tensor, seed: int) -> None:
         """Run a batch of short rows, the same documents padded and packed, and one with dropout; the first three accumulate."""
@@ -553,3 +591,16 @@ def test_on_a_real_model_losses_are_as_near_to_float64_as_those_of_the_usual_wir
     errors = {name: (torch.stack(wirings[name].nats).double() - wanted).square().mean().sqrt() for name in ("by hand", "fused")}
     assert USUAL[0] < errors["by hand"] < USUAL[1]
     assert errors["fused"] <= 1.05 * errors["by hand"], errors
+
+
+@pytest.mark.slow
+def test_on_a_real_model_new_tokens_are_as_near_to_float64_as_with_the_usual_wiring(wirings: dict[str, Wiring]) -> None:
+    wanted = wirings["exact"].logits
+    assert wanted is not None
+    by_hand, fused = (
+        [apart(got, right) for got, right in zip(wirings[name].logits, wanted, strict=True)]  # type: ignore[arg-type]
+        for name in ("by hand", "fused")
+    )
+    assert USUAL[0] < statistics.median(by_hand) < USUAL[1]
+    ratio = statistics.median(error / usual for error, usual in zip(fused, by_hand, strict=True))
+    assert ratio <= 1.05, (fused, by_hand)

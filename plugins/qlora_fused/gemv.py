@@ -1,0 +1,239 @@
+"""Products of a few rows with weights that stay packed in 4 bits, LoRA included: what a model that writes text computes.
+
+For many rows a weight is unpacked once and multiplied by all of them. For the one row of a new token, writing the unpacked
+weight to memory and reading it again takes ten times as long as its product. Imports numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from qlora_fused.jit import DTYPES, I32, I64, INLINE, SINGLE, Loop, elements, floats, get, numbers, octets, put, real, take
+
+__all__ = ["ROWS", "Packed", "gemv", "multiplies"]
+
+ROWS = 8  # up to which it is quicker, or as quick: measured at 576 x 576 to 4096 x 4096
+BLOCKS = 8  # into which the outputs of a layer are cut: a few for each thread
+FIRST, NUMBERS = 7, 16  # where the first layer's numbers are in the array, and how many each has
+ZERO = np.float32(0)
+
+LANES = 16
+OCTETS, INTEGERS, SINGLES = (ir.VectorType(kind, LANES) for kind in (ir.IntType(8), I32, SINGLE))
+
+
+def _all(number: int) -> Any:
+    return ir.Constant(INTEGERS, [number] * LANES)
+
+
+def _load(builder: Any, kind: Any, address: Any) -> Any:
+    return builder.load(builder.bitcast(address, kind.as_pointer()), align=1)
+
+
+@intrinsic
+def _unpack(context: Any, dtype: Any, code: Any, scale: Any, packed: Any, out: Any, count: Any) -> Any:
+    """Write *count* times 32 weights, code * scale rounded to what *dtype* points to, to *out*, float32, two for each octet.
+
+    Vectors are written out, since no compiler finds them: sixteen products stay in a register, in which levels are looked up.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, code, scale, packed, out, count = args
+        features = context.codegen().magic_tuple()[2]
+        first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), scale, ir.Constant(I32, 0))
+        scales = builder.shuffle_vector(first, first, _all(0))
+        table = builder.fmul(_load(builder, SINGLES, code), scales)
+        if dtype.dtype != types.float32:  # to the nearest, ties to even
+            bits = builder.bitcast(table, INTEGERS)
+            odd = builder.and_(builder.lshr(bits, _all(16)), _all(1))
+            bits = builder.add(builder.add(bits, _all(0x7FFF)), odd)
+            table = builder.bitcast(builder.and_(bits, _all(0xFFFF0000)), SINGLES)
+        with cgutils.for_range(builder, count, intp=I64) as loop:
+            here = builder.mul(loop.index, ir.Constant(I64, LANES))
+            pairs = builder.zext(_load(builder, OCTETS, builder.gep(packed, [here])), INTEGERS)
+            high, low = builder.lshr(pairs, _all(4)), builder.and_(pairs, _all(15))
+            to = builder.gep(out, [builder.mul(here, ir.Constant(I64, 2))])
+            for half in (0, 1):
+                order = [i for n in range(half * LANES // 2, (half + 1) * LANES // 2) for i in (n, LANES + n)]
+                weights = _looked_up(builder, table, builder.shuffle_vector(high, low, ir.Constant(INTEGERS, order)), features)
+                address = builder.gep(to, [ir.Constant(I64, half * LANES)])
+                builder.store(weights, builder.bitcast(address, SINGLES.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    kinds = (dtype, types.CPointer(types.float32), types.float32, types.CPointer(types.uint8), types.CPointer(types.float32))
+    return types.void(*kinds, types.int64), generate
+
+
+def _looked_up(builder: Any, table: Any, levels: Any, features: str) -> Any:
+    """Return the values of *table* at *levels*, in the way that the processor has."""
+
+    def call(name: str, *values: Any) -> Any:
+        declared = ir.FunctionType(values[0].type, [value.type for value in values])
+        return builder.call(cgutils.get_or_insert_function(builder.module, declared, name), values)
+
+    if "+avx512f" in features:
+        return call("llvm.x86.avx512.permvar.sf.512", table, levels)
+    if "+avx2" in features:
+        halves = [ir.Constant(ir.VectorType(I32, 8), list(range(start, start + 8))) for start in (0, 8)]
+        found = []
+        for half in halves:
+            own = builder.shuffle_vector(levels, levels, half)
+            lower, upper = (call("llvm.x86.avx2.permps", builder.shuffle_vector(table, table, part), own) for part in halves)
+            beyond = builder.icmp_signed(">", own, ir.Constant(own.type, [7] * 8))
+            found.append(builder.select(beyond, upper, lower))
+        return builder.shuffle_vector(*found, ir.Constant(INTEGERS, list(range(LANES))))
+    place = builder.bitcast(cgutils.alloca_once_value(builder, table), SINGLE.as_pointer())
+    out = ir.Constant(SINGLES, ir.Undefined)
+    for lane in (ir.Constant(I32, n) for n in range(LANES)):
+        value = builder.load(builder.gep(place, [builder.extract_element(levels, lane)]))
+        out = builder.insert_element(out, value, lane)
+    return out
+
+
+@intrinsic
+def _ahead(context: Any, pointer: Any, count: Any) -> Any:
+    """Return *pointer*, moved by *count* of what it points to."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), generate
+
+
+@njit(error_model="numpy", fastmath=False)  # by itself: in the loop the product and the sum would be rounded together
+def _plus(x: Any, y: Any, z: Any) -> Any:
+    return x * y + z
+
+
+@njit(**INLINE)
+def _scale(at: Any, layer: Any, block: Any) -> Any:
+    """Return the scale of a block of weights, to the bits of bitsandbytes."""
+    if at[layer + 10] == 0:
+        return floats(at[layer + 11])[block]
+    levels, code, scales, offset = (
+        octets(at[layer + 11]),
+        floats(at[layer + 12]),
+        floats(at[layer + 13]),
+        floats(at[layer + 14]),
+    )
+    return _plus(code[levels[block]], scales[block // at[layer + 15]], offset[0])
+
+
+@Loop
+def _gemv(a: Any) -> None:
+    at = numbers(a)
+    x, room, rows, d_in, ranks = elements(a, at[2]), at[3], at[4], at[5], at[6]
+    block = take(a)
+    if block < at[1]:  # each thread has room of its own, that of the first block it takes: for a row of W, x and h
+        weights = floats(room + 4 * block * (d_in + rows * (d_in + ranks)))
+        wide = _ahead(weights, d_in)
+        h = _ahead(wide, rows * d_in)
+        for i in range(rows * d_in):
+            wide[i] = get(x, i)
+    done = np.int64(-1)
+    while block < at[1]:
+        layer = FIRST + block // BLOCKS * NUMBERS
+        y, lora_a, lora_b = elements(a, at[layer]), floats(at[layer + 1]), floats(at[layer + 2])
+        rank, scale, bias = at[layer + 3], real(at[layer + 4]), floats(at[layer + 5])
+        packed, code, d_out, blocksize = octets(at[layer + 6]), floats(at[layer + 7]), at[layer + 8], at[layer + 9]
+        per_row, size = d_in // blocksize, -(-d_out // BLOCKS)
+        if done != layer:
+            done = layer
+            for n in range(rows * rank):
+                total = ZERO
+                for i in range(d_in):
+                    total += lora_a[n % rank * d_in + i] * wide[n // rank * d_in + i]
+                h[n] = total * scale
+        start = block % BLOCKS * size
+        for j in range(start, min(d_out, start + size)):
+            for n in range(j * per_row, (j + 1) * per_row):
+                there = _ahead(weights, (n - j * per_row) * blocksize)
+                _unpack(a, code, _scale(at, layer, n), _ahead(packed, n * blocksize // 2), there, blocksize // 32)
+            for row in range(rows):
+                total = ZERO
+                for i in range(d_in):
+                    total += weights[i] * wide[row * d_in + i]
+                for r in range(rank):
+                    total += h[row * rank + r] * lora_b[j * rank + r]
+                if at[layer + 5] != 0:
+                    total += bias[j]
+                put(y, row * d_out + j, total)
+        block = take(a)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What the loop is told of a weight that it knows, as long as the weight lies where it did."""
+
+    dtype: torch.dtype
+    d_in: int
+    numbers: tuple[int, ...]
+    """Addresses of the packed weight and its code, out_features, block size; 1 where scales are nested, and where they are."""
+    absmax: Tensor
+
+    def __reduce__(self) -> Any:
+        """Let a copy of a model, whose weights lie elsewhere, begin with None."""
+        return type(None), ()
+
+    @classmethod
+    def of(cls, layer: Any) -> Packed | None:
+        """Return that of *layer*, a Linear4bit, or None."""
+        weight = layer.weight
+        state = weight.quant_state
+        found: Packed | None = getattr(state, "packed_for_gemv", None)
+        if found is None or found.absmax is not state.absmax or found.numbers[0] != weight.data_ptr():
+            found = cls._read(weight, state)
+            state.packed_for_gemv = found
+        return found
+
+    @classmethod
+    def _read(cls, weight: Tensor, state: Any) -> Packed | None:
+        d_out, d_in = state.shape
+        scales = (
+            (state.code, state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.code, state.absmax)
+        )
+        known = state.dtype in DTYPES and weight.device.type == "cpu" and weight.shape[0] != 1 and weight.is_contiguous()
+        if not known or state.blocksize % 32 or d_in % state.blocksize or any(part.dtype != torch.float32 for part in scales):
+            return None
+        code, *nested = (part.data_ptr() for part in scales)
+        nested = [*nested, state.state2.blocksize] if state.nested else [0, 0, 0, 1]
+        numbers = (weight.data_ptr(), code, d_out, state.blocksize, int(state.nested), state.absmax.data_ptr(), *nested)
+        return cls(state.dtype, d_in, numbers, state.absmax)
+
+
+def multiplies(layer: Any, x: Tensor) -> bool:
+    """Return whether `gemv` knows *layer*, a Linear4bit, and is the quicker way for x (rows, in)."""
+    if x.shape[0] > ROWS or x.device.type != "cpu":
+        return False
+    packed = Packed.of(layer)
+    return packed is not None and packed.dtype == x.dtype
+
+
+def gemv(x: Tensor, layers: Sequence[Any], ab: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
+    """Return y_i = x Q(W_i)^T + b_i + s_i (x A_i^T) B_i^T, (rows, out_i), float32 inside and rounded once.
+
+    x: (rows, in); *layers* are what it `multiplies`, *ab* all A and then all B. Q(W) is rounded as bitsandbytes rounds it; A
+    and B, which may be wider than x, are not.
+    """
+    rows, d_in = x.shape
+    x, ab = x.contiguous(), [part.float().contiguous() for part in ab]
+    ys, biases, arguments, ranks = [], [], [], 0
+    for layer, a, b, scale in zip(layers, ab[: len(layers)], ab[len(layers) :], scales, strict=True):
+        rank, packed = len(a), Packed.of(layer)
+        ys.append(x.new_empty(rows, len(b)))
+        biases.append(None if layer.bias is None else layer.bias.float())
+        arguments += (ys[-1], a, b, rank, float(scale), 0 if biases[-1] is None else biases[-1], *packed.numbers)  # type: ignore[union-attr]
+        ranks = max(ranks, rank)
+    blocks = BLOCKS * len(layers)
+    room = torch.empty(blocks * (d_in + rows * (d_in + ranks)), dtype=torch.float32)
+    _gemv(x.dtype, blocks, x, room, rows, d_in, ranks, *arguments)
+    return ys
