@@ -6,14 +6,13 @@ Imports numba.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_fused.gemv import gemv, multiplies
+from qlora_fused.fourbit import gemv, multiplies, unpacked
 from qlora_fused.jit import (
     BLOCK,
     DTYPES,
@@ -25,7 +24,6 @@ from qlora_fused.jit import (
     from_order,
     get,
     numbers,
-    octets,
     put,
     real,
     sigmoid,
@@ -36,16 +34,15 @@ from qlora_fused.jit import (
 __all__ = [
     "DTYPES",
     "GATES",
-    "absmax",
     "gated",
     "gated_backward",
     "gemv",
-    "knows",
     "multiplies",
     "rms_norm",
     "rms_norm_backward",
     "rotated",
     "softmax_backward",
+    "unpacked",
 ]
 
 ZERO, TWO, THREE = (np.float32(number) for number in (0, 2, 3))
@@ -59,34 +56,6 @@ def _blocks(elements: int) -> int:
 def _rows(rows: int, width: int) -> int:
     """Return how many rows a block has."""
     return max(1, min(rows, BLOCK // width))
-
-
-@functools.partial(Loop, arithmetic=())  # to the bits of bitsandbytes: a product and a sum that are each rounded
-def _absmax(a: Any) -> None:
-    at = numbers(a)
-    packed, code, scales, offset, out = octets(at[2]), floats(at[3]), floats(at[4]), floats(at[5]), floats(at[6])
-    n, size = at[7], at[8]
-    block = take(a)
-    while block < at[1]:
-        for i in range(block * size, min(n, (block + 1) * size)):
-            out[i] = code[packed[i]] * scales[block] + offset[0]
-        block = take(a)
-
-
-def knows(state: Any) -> bool:
-    """Return whether `absmax` takes *state*, a QuantState of bitsandbytes: on the CPU, nested, its numbers float32."""
-    if not state.nested or state.absmax.device.type != "cpu":
-        return False
-    wide = (state.offset, state.state2.absmax, state.state2.code)
-    return state.state2.dtype == torch.float32 and all(numbers.dtype == torch.float32 for numbers in wide)
-
-
-def absmax(state: Any) -> Tensor:
-    """Return the scales of the blocks of a weight, float32, which bitsandbytes quantised once more, of a state it `knows`."""
-    out, n = torch.empty(state.absmax.shape, dtype=torch.float32), state.absmax.numel()
-    code, scales, size = state.state2.code, state.state2.absmax, state.state2.blocksize
-    _absmax(torch.float32, -(-n // size), state.absmax, code, scales, state.offset, out, n, size)
-    return out
 
 
 @Loop

@@ -50,12 +50,8 @@ class Member:
         weight: Any = self.layer.weight
         if not isinstance(self.layer, Linear4bit):
             return weight.detach().to(dtype)  # type: ignore[no-any-return]
-        data, state = weight.data, weight.quant_state
-        if self.loops is None or not self.loops.knows(state) or data.shape[0] == 1:
-            return dequantize_4bit(data, state).to(dtype)
-        blocks = self.loops.absmax(state)  # in one call, and not in two of a few microseconds' work each
-        dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
-        return dequantize(data, blocks, state.blocksize, state.quant_type, state.shape, state.dtype).to(dtype)  # type: ignore[no-any-return]
+        found = self.loops.unpacked(self.layer) if self.loops is not None else None
+        return (dequantize_4bit(weight.data, weight.quant_state) if found is None else found).to(dtype)  # type: ignore[no-any-return]
 
     def stays_packed(self, x: Tensor) -> bool:
         """Return whether x (rows, in) has so few rows that it is multiplied by the packed weight."""

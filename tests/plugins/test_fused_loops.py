@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,7 +20,6 @@ from qlora_core import inject_adapter, load_model
 from qlora_core.attention import base_of
 from qlora_core.testing.tiny import tiny_config, tiny_ids
 from qlora_fused import Fused, blockwise, jit, loops
-from qlora_fused.lora import Member
 from qlora_peft import LoRA
 
 pytestmark = [
@@ -147,36 +145,6 @@ def test_each_block_is_taken_once_whatever_the_threads(threads: None, count: int
     seen = torch.zeros(1000)
     counting(SINGLE, 900, seen)
     assert torch.equal(seen, (torch.arange(1000) < 900).float())
-
-
-# Scales
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (40, 96), (128, 576)])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_scales_that_are_quantised_once_more_are_those_of_bitsandbytes_to_the_bit(shape: tuple[int, int], kind: str) -> None:
-    weight = values(*shape, dtype=torch.bfloat16)
-    _, state = bitsandbytes.functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
-    wanted = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    assert loops.knows(state)
-    assert torch.equal(loops.absmax(state), wanted)
-
-
-@pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("odd", [None, "offset", "state2"])
-def test_a_layer_gives_the_weights_of_bitsandbytes_to_the_bit(double: bool, odd: str | None) -> None:
-    layer = bitsandbytes.nn.Linear4bit(96, 40, bias=False, compress_statistics=double, quant_type="nf4")
-    layer.weight.data = values(40, 96, dtype=torch.float32)
-    layer.to("cpu")
-    state = layer.weight.quant_state
-    if double and odd == "offset":
-        state.offset = state.offset.bfloat16()
-    elif double and odd == "state2":
-        state.state2.dtype = torch.bfloat16
-    assert loops.knows(state) == (double and odd is None)
-    for dtype in (torch.bfloat16, torch.float32):
-        wanted = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).to(dtype)
-        assert torch.equal(Member(layer, 1.0, 0.0, loops).weight(dtype), wanted)
 
 
 # Gates

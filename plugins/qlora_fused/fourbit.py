@@ -1,4 +1,4 @@
-"""Products of a few rows with weights that stay packed in 4 bits, LoRA included: what a model that writes text computes.
+"""Weights packed in 4 bits: unpacked to the bits of bitsandbytes, or multiplied by a few rows as they are, LoRA included.
 
 For many rows a weight is unpacked once and multiplied by all of them. For the one row of a new token, writing the unpacked
 weight to memory and reading it again takes ten times as long as its product. Imports numba.
@@ -18,9 +18,26 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from qlora_fused.jit import DTYPES, I32, I64, INLINE, SINGLE, Loop, elements, floats, get, numbers, octets, put, real, take
+from qlora_fused.jit import (
+    BLOCK,
+    DTYPES,
+    I16,
+    I32,
+    I64,
+    INLINE,
+    SINGLE,
+    Loop,
+    elements,
+    floats,
+    get,
+    numbers,
+    octets,
+    put,
+    real,
+    take,
+)
 
-__all__ = ["ROWS", "Packed", "gemv", "multiplies"]
+__all__ = ["ROWS", "Packed", "gemv", "multiplies", "unpacked"]
 
 ROWS = 8  # up to which it is quicker, or as quick: measured at 576 x 576 to 4096 x 4096
 BLOCKS = 8  # into which the outputs of a layer are cut: a few for each thread
@@ -28,7 +45,7 @@ FIRST, NUMBERS = 7, 16  # where the first layer's numbers are in the array, and 
 ZERO = np.float32(0)
 
 LANES = 16
-OCTETS, INTEGERS, SINGLES = (ir.VectorType(kind, LANES) for kind in (ir.IntType(8), I32, SINGLE))
+OCTETS, HALVES, INTEGERS, SINGLES = (ir.VectorType(kind, LANES) for kind in (ir.IntType(8), I16, I32, SINGLE))
 
 
 def _all(number: int) -> Any:
@@ -41,13 +58,15 @@ def _load(builder: Any, kind: Any, address: Any) -> Any:
 
 @intrinsic
 def _unpack(context: Any, dtype: Any, code: Any, scale: Any, packed: Any, out: Any, count: Any) -> Any:
-    """Write *count* times 32 weights, code * scale rounded to what *dtype* points to, to *out*, float32, two for each octet.
+    """Write *count* times 32 weights, code * scale rounded to what *dtype* points to, to *out*, two for each octet.
 
+    *out* is of that dtype, or float32.
     Vectors are written out, since no compiler finds them: sixteen products stay in a register, in which levels are looked up.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, code, scale, packed, out, count = args
+        out_kind = signature.args[4]
         features = context.codegen().magic_tuple()[2]
         first = builder.insert_element(ir.Constant(SINGLES, ir.Undefined), scale, ir.Constant(I32, 0))
         scales = builder.shuffle_vector(first, first, _all(0))
@@ -65,12 +84,14 @@ def _unpack(context: Any, dtype: Any, code: Any, scale: Any, packed: Any, out: A
             for half in (0, 1):
                 order = [i for n in range(half * LANES // 2, (half + 1) * LANES // 2) for i in (n, LANES + n)]
                 weights = _looked_up(builder, table, builder.shuffle_vector(high, low, ir.Constant(INTEGERS, order)), features)
-                address = builder.gep(to, [ir.Constant(I64, half * LANES)])
-                builder.store(weights, builder.bitcast(address, SINGLES.as_pointer()), align=4)
+                if out_kind.dtype != types.float32:
+                    weights = builder.trunc(builder.lshr(builder.bitcast(weights, INTEGERS), _all(16)), HALVES)
+                address = builder.bitcast(builder.gep(to, [ir.Constant(I64, half * LANES)]), weights.type.as_pointer())
+                builder.store(weights, address, align=2)
         return context.get_dummy_value()
 
-    kinds = (dtype, types.CPointer(types.float32), types.float32, types.CPointer(types.uint8), types.CPointer(types.float32))
-    return types.void(*kinds, types.int64), generate
+    kinds = (dtype, types.CPointer(types.float32), types.float32, types.CPointer(types.uint8), out, types.int64)
+    return types.void(*kinds), generate
 
 
 def _looked_up(builder: Any, table: Any, levels: Any, features: str) -> Any:
@@ -115,17 +136,25 @@ def _plus(x: Any, y: Any, z: Any) -> Any:
 
 
 @njit(**INLINE)
-def _scale(at: Any, layer: Any, block: Any) -> Any:
-    """Return the scale of a block of weights, to the bits of bitsandbytes."""
-    if at[layer + 10] == 0:
-        return floats(at[layer + 11])[block]
-    levels, code, scales, offset = (
-        octets(at[layer + 11]),
-        floats(at[layer + 12]),
-        floats(at[layer + 13]),
-        floats(at[layer + 14]),
-    )
-    return _plus(code[levels[block]], scales[block // at[layer + 15]], offset[0])
+def _scale(at: Any, first: Any, block: Any) -> Any:
+    """Return the scale of a block of weights, to the bits of bitsandbytes; *first* is where a Packed's numbers begin."""
+    if at[first + 3] == 0:
+        return floats(at[first + 4])[block]
+    levels, code, scales = octets(at[first + 4]), floats(at[first + 5]), floats(at[first + 6])
+    return _plus(code[levels[block]], scales[block // at[first + 8]], floats(at[first + 7])[0])
+
+
+@Loop
+def _unpacked(a: Any) -> None:
+    at = numbers(a)
+    out, n, size, weight = elements(a, at[2]), at[3], at[4], 5
+    packed, code, blocksize = octets(at[weight]), floats(at[weight + 1]), at[weight + 2]
+    block = take(a)
+    while block < at[1]:
+        for i in range(block * size, min(n, (block + 1) * size)):
+            here, to = _ahead(packed, i * blocksize // 2), _ahead(out, i * blocksize)
+            _unpack(a, code, _scale(at, weight, i), here, to, blocksize // 32)
+        block = take(a)
 
 
 @Loop
@@ -143,8 +172,9 @@ def _gemv(a: Any) -> None:
     while block < at[1]:
         layer = FIRST + block // BLOCKS * NUMBERS
         y, lora_a, lora_b = elements(a, at[layer]), floats(at[layer + 1]), floats(at[layer + 2])
-        rank, scale, bias = at[layer + 3], real(at[layer + 4]), floats(at[layer + 5])
-        packed, code, d_out, blocksize = octets(at[layer + 6]), floats(at[layer + 7]), at[layer + 8], at[layer + 9]
+        rank, scale, bias, d_out = at[layer + 3], real(at[layer + 4]), floats(at[layer + 5]), at[layer + 6]
+        weight = layer + 7
+        packed, code, blocksize = octets(at[weight]), floats(at[weight + 1]), at[weight + 2]
         per_row, size = d_in // blocksize, -(-d_out // BLOCKS)
         if done != layer:
             done = layer
@@ -157,7 +187,7 @@ def _gemv(a: Any) -> None:
         for j in range(start, min(d_out, start + size)):
             for n in range(j * per_row, (j + 1) * per_row):
                 there = _ahead(weights, (n - j * per_row) * blocksize)
-                _unpack(a, code, _scale(at, layer, n), _ahead(packed, n * blocksize // 2), there, blocksize // 32)
+                _unpack(a, code, _scale(at, weight, n), _ahead(packed, n * blocksize // 2), there, blocksize // 32)
             for row in range(rows):
                 total = ZERO
                 for i in range(d_in):
@@ -175,9 +205,8 @@ class Packed:
     """What the loop is told of a weight that it knows, as long as the weight lies where it did."""
 
     dtype: torch.dtype
-    d_in: int
     numbers: tuple[int, ...]
-    """Addresses of the packed weight and its code, out_features, block size; 1 where scales are nested, and where they are."""
+    """Addresses of the packed weight and its code, block size; 1 where scales are nested, and where they are."""
     absmax: Tensor
 
     def __reduce__(self) -> Any:
@@ -189,25 +218,36 @@ class Packed:
         """Return that of *layer*, a Linear4bit, or None."""
         weight = layer.weight
         state = weight.quant_state
-        found: Packed | None = getattr(state, "packed_for_gemv", None)
+        found: Packed | None = getattr(state, "packed_numbers", None)
         if found is None or found.absmax is not state.absmax or found.numbers[0] != weight.data_ptr():
             found = cls._read(weight, state)
-            state.packed_for_gemv = found
+            state.packed_numbers = found
         return found
 
     @classmethod
     def _read(cls, weight: Tensor, state: Any) -> Packed | None:
-        d_out, d_in = state.shape
-        scales = (
-            (state.code, state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.code, state.absmax)
-        )
+        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.absmax,)
         known = state.dtype in DTYPES and weight.device.type == "cpu" and weight.shape[0] != 1 and weight.is_contiguous()
-        if not known or state.blocksize % 32 or d_in % state.blocksize or any(part.dtype != torch.float32 for part in scales):
+        known = known and state.blocksize % 32 == 0 and state.shape[1] % state.blocksize == 0
+        wide = all(part.dtype == torch.float32 for part in (state.code, *nested))
+        if not known or not wide or (state.nested and state.state2.dtype != torch.float32):
             return None
-        code, *nested = (part.data_ptr() for part in scales)
-        nested = [*nested, state.state2.blocksize] if state.nested else [0, 0, 0, 1]
-        numbers = (weight.data_ptr(), code, d_out, state.blocksize, int(state.nested), state.absmax.data_ptr(), *nested)
-        return cls(state.dtype, d_in, numbers, state.absmax)
+        more = [part.data_ptr() for part in nested]
+        more = [*more, state.state2.blocksize] if state.nested else [0, 0, 0, 1]
+        numbers = (weight.data_ptr(), state.code.data_ptr(), state.blocksize, int(state.nested), state.absmax.data_ptr(), *more)
+        return cls(state.dtype, numbers, state.absmax)
+
+
+def unpacked(layer: Any) -> Tensor | None:
+    """Return Q(W) (out, in) of *layer*, a Linear4bit, as bitsandbytes does, or None where its weight is not known."""
+    packed = Packed.of(layer)
+    if packed is None:
+        return None
+    out = torch.empty(layer.weight.quant_state.shape, dtype=packed.dtype)
+    blocks = out.numel() // (blocksize := packed.numbers[2])
+    size = max(1, BLOCK // blocksize)
+    _unpacked(packed.dtype, -(-blocks // size), out, blocks, size, *packed.numbers)
+    return out
 
 
 def multiplies(layer: Any, x: Tensor) -> bool:
@@ -231,7 +271,7 @@ def gemv(x: Tensor, layers: Sequence[Any], ab: Sequence[Tensor], scales: Sequenc
         rank, packed = len(a), Packed.of(layer)
         ys.append(x.new_empty(rows, len(b)))
         biases.append(None if layer.bias is None else layer.bias.float())
-        arguments += (ys[-1], a, b, rank, float(scale), 0 if biases[-1] is None else biases[-1], *packed.numbers)  # type: ignore[union-attr]
+        arguments += (ys[-1], a, b, rank, float(scale), 0 if biases[-1] is None else biases[-1], len(b), *packed.numbers)  # type: ignore[union-attr]
         ranks = max(ranks, rank)
     blocks = BLOCKS * len(layers)
     room = torch.empty(blocks * (d_in + rows * (d_in + ranks)), dtype=torch.float32)

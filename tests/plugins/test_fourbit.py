@@ -22,7 +22,9 @@ from qlora_fused import jit
 if jit.threads() is None:
     pytest.skip("torch's threads are not to be had here", allow_module_level=True)
 
-from qlora_fused.gemv import ROWS, Packed, gemv, multiplies
+from qlora_fused import loops
+from qlora_fused.fourbit import ROWS, Packed, gemv, multiplies, unpacked
+from qlora_fused.lora import Member
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -52,7 +54,7 @@ def made(
     return layer.to("cpu")
 
 
-def unpacked(layer: Any) -> Tensor:
+def theirs(layer: Any) -> Tensor:
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[no-any-return]
 
 
@@ -72,7 +74,32 @@ def weights_by(layer: Any, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(("nested", "blocksize"), [(True, 64), (True, 128), (False, 64), (False, 256)])
 def test_weights_are_those_of_bitsandbytes_to_the_bit(dtype: torch.dtype, kind: str, nested: bool, blocksize: int) -> None:
     layer = made(320, 256, dtype, kind=kind, nested=nested, blocksize=blocksize)
-    assert torch.equal(weights_by(layer, 320, 256, dtype), unpacked(layer))
+    assert torch.equal(weights_by(layer, 320, 256, dtype), theirs(layer))
+    found = unpacked(layer)
+    assert found is not None
+    assert found.dtype == dtype
+    assert torch.equal(found, theirs(layer))
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (3, 128), (129, 576), (1536, 576)])
+def test_all_of_a_weight_is_unpacked_whatever_its_size(shape: tuple[int, int]) -> None:
+    layer = made(*shape, torch.bfloat16)
+    found = unpacked(layer)
+    assert found is not None
+    assert torch.equal(found, theirs(layer))
+
+
+@pytest.mark.parametrize("odd", ["blocks that cross rows", "float16", "offset", "scales of scales"])
+def test_what_is_stored_in_another_way_is_left_to_bitsandbytes(odd: str) -> None:
+    layer: Any = made(40, 96 if odd == "blocks that cross rows" else 128, torch.float16 if odd == "float16" else torch.float32)
+    state = layer.weight.quant_state
+    if odd == "offset":
+        state.offset = state.offset.bfloat16()
+    elif odd == "scales of scales":
+        state.state2.dtype = torch.bfloat16
+    assert unpacked(layer) is None
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(Member(layer, 1.0, 0.0, loops).weight(dtype), theirs(layer).to(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 2.0**-8), (torch.float32, 3e-7)])
@@ -85,7 +112,7 @@ def test_layers_that_share_x_are_computed_as_their_formula_and_rounded_once(dtyp
     ys = gemv(x, layers, [*(a for a, _ in pairs), *(b for _, b in pairs)], scales)
     for y, layer, (a, b), scale in zip(ys, layers, pairs, scales, strict=True):
         wide = x.double()
-        wanted = wide @ unpacked(layer).double().T + scale * (wide @ a.double().T) @ b.double().T
+        wanted = wide @ theirs(layer).double().T + scale * (wide @ a.double().T) @ b.double().T
         wanted = wanted if layer.bias is None else wanted + layer.bias.double()
         # half a unit of the result itself, and beside it the rounding of sums
         assert y.dtype == dtype
@@ -134,10 +161,11 @@ def test_a_copy_and_a_changed_weight_are_read_where_they_lie() -> None:
 OF_THIS_PROCESSOR = """
 import torch
 from numba.core.registry import cpu_target
-from tests.plugins.test_gemv import made, unpacked, weights_by
+from tests.plugins.test_fourbit import made, theirs, unpacked, weights_by
 for dtype in (torch.bfloat16, torch.float32):
     layer = made(64, 128, dtype)
-    assert torch.equal(weights_by(layer, 64, 128, dtype), unpacked(layer))
+    assert torch.equal(weights_by(layer, 64, 128, dtype), theirs(layer))
+    assert torch.equal(unpacked(layer), theirs(layer))
 print(cpu_target.target_context.codegen().magic_tuple()[2])
 """
 
