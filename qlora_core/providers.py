@@ -223,7 +223,11 @@ class Kernels(Provider):
 
     @abstractmethod
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return *model* itself, its slow parts replaced in place; parts that don't apply are left alone."""
+        """Return *model* itself, its slow parts replaced in place; parts that don't apply are left alone.
+
+        What computes losses of logits is left in the output head, as the attribute `losses_of_logits`: see LossesOfLogits in
+        qlora_core.training.cross_entropy.
+        """
 
 
 class CallbackFactory(Provider):

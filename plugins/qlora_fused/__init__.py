@@ -29,6 +29,7 @@ class FusedOptions(ProviderOptions):
     attention: bool = Field(
         True, description="on the CPU: causal attention that goes back in blocks of rows and keeps no probabilities"
     )
+    loss: bool = Field(True, description="on the CPU: losses and their gradients in one pass over logits, written over these")
     liger: bool = Field(True, description="on CUDA: norms, MLPs and rotary embeddings of liger-kernel, where it is installed")
     compiled: bool = Field(True, description="on the CPU: what lies between matrix products in loops that numba compiles")
     keep_pages: bool = Field(True, description="on the CPU: freed memory stays in the process, for the next step to use")

@@ -31,6 +31,7 @@ __all__ = [
     "floats",
     "from_order",
     "get",
+    "integers",
     "numbers",
     "octets",
     "put",
@@ -128,6 +129,17 @@ def elements(context: Any, data: Any, address: Any) -> Any:
 def floats(context: Any, address: Any) -> Any:
     """Return the float32s at *address*."""
     kind = types.CPointer(types.float32)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+@intrinsic
+def integers(context: Any, address: Any) -> Any:
+    """Return the int64s at *address*."""
+    kind = types.CPointer(types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(kind))

@@ -23,6 +23,7 @@ from qlora_fused.jit import (
     floats,
     from_order,
     get,
+    integers,
     numbers,
     put,
     real,
@@ -34,6 +35,7 @@ from qlora_fused.jit import (
 __all__ = [
     "DTYPES",
     "GATES",
+    "cross_entropies",
     "gated",
     "gated_backward",
     "gemv",
@@ -269,3 +271,56 @@ def softmax_backward(scores: Tensor, dp: Tensor, first: int, scale: float) -> tu
     blocks = -(-rows // (size := _rows(rows, width)))
     _softmax_backward(dp.dtype, blocks, scores, dp, p, rows, width, first, width - first, size, float(scale))
     return p, dp
+
+
+@Loop
+def _cross_entropies(a: Any) -> None:
+    at = numbers(a)
+    logits, targets, nats, room = elements(a, at[2]), integers(at[3]), floats(at[4]), at[5]
+    rows, width, size, into_logits, factor = at[6], at[7], at[8], at[9], real(at[10])
+    block = take(a)
+    powers = floats(room + 4 * width * block)  # each thread has room of its own, that of the first block it takes
+    while block < at[1]:
+        for row in range(block * size, min(rows, (block + 1) * size)):
+            start = row * width
+            order = to_order(get(logits, start))
+            for i in range(start + 1, start + width):
+                order = max(order, to_order(get(logits, i)))
+            highest, total, own = from_order(order), ZERO, get(logits, start + targets[row])
+            for i in range(width):
+                powers[i] = exp(get(logits, start + i) - highest)
+            for i in range(width):
+                total += powers[i]
+            nats[row] = np.log(total) + highest - own
+            if into_logits != 0:
+                share = factor / total
+                for i in range(width):
+                    put(logits, start + i, powers[i] * share)
+                put(logits, start + targets[row], powers[targets[row]] * share - factor)
+        block = take(a)
+
+
+def cross_entropies(
+    logits: Tensor, targets: Tensor, gradient: Tensor | None = None, factor: Tensor | None = None
+) -> Tensor | None:
+    """Return the cross-entropies (n,) float32, and write their gradients times *factor* to *gradient*; None: not for this.
+
+    logits: (m, V), targets: (n,) int64, with n at most m; *gradient* (m, V) may be *logits*, and is 0 from row n on. What it
+    takes is contiguous, on the CPU, and of a dtype in DTYPES. Raises IndexError for a target that is none of V.
+    """
+    taken = logits.dtype in DTYPES and logits.device.type == "cpu" and logits.is_contiguous() and targets.is_contiguous()
+    if not taken or (gradient is not None and not gradient.is_contiguous()):
+        return None
+    nats, width = torch.empty(len(targets), dtype=torch.float32), logits.shape[1]
+    if gradient is not None and gradient.data_ptr() != logits.data_ptr():
+        logits = gradient.copy_(logits)
+    if len(targets):
+        if not 0 <= int(targets.min()) <= int(targets.max()) < width:
+            raise IndexError(f"targets must lie in 0 to {width - 1} (got {int(targets.min())} to {int(targets.max())})")
+        rows, blocks = len(targets), min(len(targets), 4 * torch.get_num_threads())
+        room = torch.empty(blocks, width, dtype=torch.float32)  # of which pages are only those that threads write to
+        sizes = (rows, width, -(-rows // blocks), int(gradient is not None), 1.0 if factor is None else float(factor))
+        _cross_entropies(logits.dtype, blocks, logits, targets, nats, room, *sizes)
+    if gradient is not None:
+        gradient[len(targets) :] = 0
+    return nats

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qlora_core.attention import base_of
 from qlora_core.packed import at_rest
+from qlora_core.training.cross_entropy import LOSSES_OF_LOGITS
 from qlora_fused import has_liger
 from qlora_fused.blockwise import BLOCKWISE, COMPILED, attention
 from qlora_fused.lora import fuse_group, fusible, output_dtype
@@ -52,6 +53,8 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
         _between_products(base, options, loops, done, lora=bool(layers))
     if options.attention:
         done["attention"] = _attention(base, loops)
+    if options.loss and loops is not None:
+        done["loss"] = _losses(base, loops)
     if options.keep_pages and base.device.type == "cpu":
         sizes = [layer.in_features * layer.out_features for layer in layers]
         keep_pages(max(sizes, default=0) * base.dtype.itemsize)
@@ -181,6 +184,14 @@ def _norms(base: transformers.PreTrainedModel, loops: Any) -> int:
 def _widen(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
     """Begin a float32 residual stream, where autocast sees to it that the rest of the model can take it."""
     return output.float() if torch.is_autocast_enabled(output.device.type) else output
+
+
+def _losses(base: transformers.PreTrainedModel, loops: Any) -> int:
+    head = base.get_output_embeddings()
+    if head is None:
+        return 0
+    setattr(head, LOSSES_OF_LOGITS, loops.cross_entropies)
+    return 1
 
 
 def _attention(base: transformers.PreTrainedModel, loops: Any) -> int:

@@ -18,24 +18,36 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
-__all__ = ["cross_entropies", "mean_cross_entropy"]
+__all__ = ["LOSSES_OF_LOGITS", "LossesOfLogits", "cross_entropies", "mean_cross_entropy"]
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Gives logits (n, V) for hidden states (n, H)."""
+
+LossesOfLogits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor | None]
+"""What computes as `_Tile` does, of *logits, targets, gradient, factor*, or returns None where it does not know these."""
+
+LOSSES_OF_LOGITS = "losses_of_logits"
+"""The attribute of a head module in which kernels may leave a LossesOfLogits."""
 
 TILE = 16  # rows whose logits are turned to float32 at a time: on CPUs they stay in the cache
 
 
 @torch.no_grad()
-def cross_entropies(logits_of: Logits, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropies(
+    logits_of: Logits, rows: torch.Tensor, targets: torch.Tensor, losses_of: LossesOfLogits | None = None
+) -> torch.Tensor:
     """Return the cross-entropies (N,) float32, nats, of *targets* (N,) int64 given hidden states *rows* (N, H)."""
-    tile = _Tile()
+    tile = _Tile(losses_of)
     nats = [tile(logits_of(chunk), wanted) for chunk, wanted in _chunks(rows, targets)]
     return torch.cat(nats)
 
 
 def mean_cross_entropy(
-    logits_of: Logits, rows: torch.Tensor, targets: torch.Tensor, items: torch.Tensor | float
+    logits_of: Logits,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    items: torch.Tensor | float,
+    losses_of: LossesOfLogits | None = None,
 ) -> torch.Tensor:
     """Return the sum of the cross-entropies, divided by *items*: () float32, differentiable once.
 
@@ -45,17 +57,23 @@ def mean_cross_entropy(
     autograd notices where a function has saved them.
     """
     try:
-        return _mean(logits_of, rows, targets, items, overwrite=True)
+        return _mean(logits_of, rows, targets, items, _Tile(losses_of), overwrite=True)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-    return _mean(logits_of, rows, targets, items, overwrite=False)
+    return _mean(logits_of, rows, targets, items, _Tile(losses_of), overwrite=False)
 
 
 def _mean(
-    logits_of: Logits, rows: torch.Tensor, targets: torch.Tensor, items: torch.Tensor | float, *, overwrite: bool
+    logits_of: Logits,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    items: torch.Tensor | float,
+    tile: _Tile,
+    *,
+    overwrite: bool,
 ) -> torch.Tensor:
-    tile, sums, done = _Tile(), dict[torch.Tensor, torch.Tensor](), 0
+    sums, done = dict[torch.Tensor, torch.Tensor](), 0
     # made before all chunks: what stays must not be put where a chunk's logits were, or the next find no room there
     into_rows = torch.empty_like(rows, requires_grad=False)
     total = rows.new_zeros((), dtype=torch.float32)
@@ -102,10 +120,13 @@ class _Given(torch.autograd.Function):
 
 
 class _Tile:
-    """Cross-entropies and their gradients, a few rows at a time, in a float32 buffer that is used again."""
+    """Cross-entropies and their gradients, a few rows at a time, in a float32 buffer that is used again.
 
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0)
+    Where *losses_of* knows the logits, it computes them.
+    """
+
+    def __init__(self, losses_of: LossesOfLogits | None = None) -> None:
+        self.losses_of, self.buffer = losses_of, torch.empty(0)
 
     def __call__(
         self,
@@ -119,6 +140,9 @@ class _Tile:
         *gradient* (m, V), which may be *logits*, is overwritten with the gradients in *logits*, times *factor*; rows that have
         no target get 0.
         """
+        found = None if self.losses_of is None else self.losses_of(logits, targets, gradient, factor)
+        if found is not None:
+            return found
         nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         size = TILE if logits.device.type == "cpu" else 8 * TILE
         if not self.buffer.numel():

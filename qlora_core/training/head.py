@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 
 from qlora_core.data.collate import IGNORED
-from qlora_core.training.cross_entropy import cross_entropies, mean_cross_entropy
+from qlora_core.training.cross_entropy import LOSSES_OF_LOGITS, LossesOfLogits, cross_entropies, mean_cross_entropy
 
 __all__ = ["Computed", "Head", "next_tokens"]
 
@@ -50,10 +50,14 @@ class Computed:
 
 @dataclass(frozen=True)
 class Head:
-    """The *module* that makes logits of hidden states, and the step *after* it; no module: whole logits are needed."""
+    """The *module* that makes logits of hidden states, and the step *after* it; no module: whole logits are needed.
+
+    *losses_of* computes losses of logits, where kernels have left it in the module.
+    """
 
     module: torch.nn.Module | None = None
     after: Step = lambda logits: logits
+    losses_of: LossesOfLogits | None = None
 
     @classmethod
     def of(cls, model: object) -> Head:
@@ -96,10 +100,10 @@ class Head:
 
             if not torch.is_grad_enabled():
                 nats = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
-                computed.nats = nats.masked_scatter_(supervised, cross_entropies(logits_of, rows, wanted))
+                computed.nats = nats.masked_scatter_(supervised, cross_entropies(logits_of, rows, wanted, self.losses_of))
                 return hidden[..., :0]
             count = supervised.sum().clamp(min=1) if items is None else items
-            computed.loss = mean_cross_entropy(logits_of, rows, wanted, count)
+            computed.loss = mean_cross_entropy(logits_of, rows, wanted, count, self.losses_of)
             # what looks in the output for what is trained finds it; a clone, for some models change logits in place
             return computed.loss.expand(*hidden.shape[:2], 0).clone()
 
@@ -157,7 +161,7 @@ def _probed(model: torch.nn.Module, base: transformers.PreTrainedModel) -> Head:
             raise ValueError("its logits are not what its head gives when it is called once")
         for step in _steps(base.config):
             if torch.equal(step(given[0]).float(), logits.float()):
-                head = Head(module, step)
+                head = Head(module, step, getattr(module, LOSSES_OF_LOGITS, None))
                 with head.computing(ids):
                     model(input_ids=ids, use_cache=False)
                 return head

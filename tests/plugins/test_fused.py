@@ -411,7 +411,7 @@ def test_layers_of_other_kinds_are_left_alone(caplog: pytest.LogCaptureFixture) 
     ids = torch.arange(20)[None]
     wanted = model(ids).logits
     with caplog.at_level(logging.DEBUG, "qlora_core"):
-        rewriting.rewrite(model, Fused(keep_pages=False, attention=False).options)
+        rewriting.rewrite(model, Fused(keep_pages=False, attention=False, loss=False).options)
     assert len(layers_of(model)) == 3
     assert not any(fusible(layer) or "forward" in vars(layer) for layer in layers_of(model))
     assert torch.equal(model(ids).logits, wanted)

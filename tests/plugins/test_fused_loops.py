@@ -18,7 +18,9 @@ from torch import Tensor
 from qlora_bitsandbytes import NF4
 from qlora_core import inject_adapter, load_model
 from qlora_core.attention import base_of
-from qlora_core.testing.tiny import tiny_config, tiny_ids
+from qlora_core.testing.tiny import tiny_config, tiny_ids, tiny_model
+from qlora_core.training.cross_entropy import mean_cross_entropy
+from qlora_core.training.head import Head
 from qlora_fused import Fused, blockwise, jit, loops
 from qlora_peft import LoRA
 
@@ -333,3 +335,99 @@ def test_where_torch_has_other_threads_loops_are_not_used(monkeypatch: pytest.Mo
 def test_numba_is_not_imported_before_a_run_needs_it() -> None:
     code = "import sys, qlora_fused; print('numba' in sys.modules, 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+# Losses
+
+
+def losses(logits: Tensor, targets: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return cross-entropies and the gradient of their sum times *factor*, in float64."""
+    leaf = logits.double().requires_grad_()
+    nats = F.cross_entropy(leaf, targets, reduction="none")
+    return nats.detach(), torch.autograd.grad(factor * nats.sum(), leaf)[0]
+
+
+@both
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (70, 1000), (9, 50_257)])
+@pytest.mark.parametrize("own_memory", [False, True])
+def test_losses_and_their_gradients_are_formulas_rounded_once(
+    dtype: torch.dtype, rows: int, width: int, own_memory: bool
+) -> None:
+    logits = values(rows + 2, width, scale=4, dtype=dtype)
+    targets = torch.randint(width, (rows,), generator=torch.Generator().manual_seed(1))
+    nats, wanted = losses(logits[:rows], targets, 0.25)
+    given = logits.clone()
+    gradient = torch.full_like(logits, 7.0) if own_memory else given
+    got = loops.cross_entropies(given, targets, gradient, torch.tensor(0.25))
+    assert got is not None
+    assert got.tolist() == pytest.approx(nats.tolist(), rel=1e-6, abs=1e-6)
+    assert_rounded(gradient[:rows], wanted)
+    assert not gradient[rows:].any()
+    assert own_memory == torch.equal(given, logits)
+    alone = loops.cross_entropies(logits, targets)
+    assert alone is not None
+    assert torch.equal(alone, got)
+
+
+@both
+@pytest.mark.parametrize("offset", [-2e4, 0.0, 2e4])
+def test_losses_of_logits_far_apart_and_far_from_0_are_no_trouble(dtype: torch.dtype, offset: float) -> None:
+    logits = (torch.tensor([[0.0, 512.0, -512.0], [-8192, 8192, 0.0], [7.0, 7.0, 7.0]]) + offset).to(dtype)
+    targets = torch.tensor([2, 0, 1])
+    got = loops.cross_entropies(logits, targets)
+    assert got is not None
+    assert got.tolist() == pytest.approx(losses(logits, targets)[0].tolist(), rel=1e-6)
+
+
+def test_a_row_with_nan_or_infinity_has_no_loss_and_leaves_the_others_theirs() -> None:
+    logits, targets = values(4, 100, dtype=SINGLE), torch.tensor([1, 2, 3, 4])
+    nats, gradient = losses(logits, targets)
+    logits[1, 50], logits[2, 3] = math.nan, math.inf
+    got = loops.cross_entropies(logits, targets, logits)
+    assert got is not None
+    assert got[[0, 3]].tolist() == pytest.approx(nats[[0, 3]].tolist(), rel=1e-6)
+    assert bool(got[1:3].isnan().all())
+    assert_rounded(logits[::3], gradient[::3])
+    assert bool(logits[1:3].isnan().any(1).all())
+
+
+def test_what_the_loop_does_not_know_is_left_to_torch_and_no_target_reads_beyond_the_row() -> None:
+    logits, targets = values(4, 100), torch.tensor([1, 2, 3, 4])
+    assert loops.cross_entropies(logits.half(), targets) is None
+    assert loops.cross_entropies(logits[:, ::2], targets) is None
+    assert loops.cross_entropies(logits.to("meta"), targets) is None
+    assert loops.cross_entropies(logits, targets, torch.empty(100, 4, dtype=HALF).t()) is None
+    for wrong in (-1, 100):
+        with pytest.raises(IndexError, match="targets must lie in 0 to 99"):
+            loops.cross_entropies(logits, torch.tensor([1, 2, 3, wrong]))
+    empty = loops.cross_entropies(logits, targets[:0], logits)
+    assert empty is not None
+    assert empty.shape == (0,)
+    assert not logits.any()
+
+
+def test_the_head_computes_losses_with_the_loop_unless_the_option_says_no() -> None:
+    def head(**options: Any) -> Head:
+        model = inject_adapter(load_model(str(tiny_model()), NF4()), LoRA(r=4))
+        return Head.of(Fused(keep_pages=False, **options).apply(model))
+
+    assert head().losses_of is loops.cross_entropies
+    assert head(loss=False).losses_of is None
+    assert head(compiled=False).losses_of is None
+
+
+@both
+def test_a_mean_loss_by_the_loop_is_as_near_to_float64_as_by_torch(dtype: torch.dtype) -> None:
+    rows, weight = values(300, 64, dtype=dtype), values(1000, 64, seed=1, scale=0.3, dtype=dtype)
+    targets = torch.randint(1000, (300,), generator=torch.Generator().manual_seed(2))
+    wide = rows.double().requires_grad_()
+    wanted = F.cross_entropy(wide @ weight.double().T, targets)
+    (into_rows,) = torch.autograd.grad(wanted, wide)
+    errors = []
+    for losses_of in (None, loops.cross_entropies):
+        leaf = rows.clone().requires_grad_()
+        loss = mean_cross_entropy(lambda chunk: F.linear(chunk, weight), leaf, targets, 300, losses_of)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6 if dtype == SINGLE else 1e-3)
+        errors.append(float((gradient.double() - into_rows).norm() / into_rows.norm()))
+    assert errors[1] <= 1.02 * errors[0]
