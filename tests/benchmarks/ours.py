@@ -70,17 +70,15 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return {**clock.report(), "providers": provenance.get("providers"), "overrides": options.overrides}
 
 
-def adapted(options: argparse.Namespace, *, kernels: bool) -> tuple[Any, Any]:
-    """Return the adapted model and the tokenizer of a finished run, as `qlora eval` gets them, and `qlora generate` without
-    *kernels*."""
+def adapted(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the adapted model and the tokenizer of a finished run, as `qlora eval` and `qlora generate` get them."""
     saved = SavedRun.open(options.output, Registry())
-    model = saved.add_adapter(saved.load_base())
-    return saved.apply_kernels(model) if kernels else model, saved.load_tokenizer()
+    return saved.apply_kernels(saved.add_adapter(saved.load_base())), saved.load_tokenizer()
 
 
 def score(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of evaluating all rows, after a batch to warm up."""
-    model, tokenizer = adapted(options, kernels=True)
+    model, tokenizer = adapted(options)
     from qlora_records import Records
 
     data = DataConfig(sequence_length=options.seq, eval_fraction=0)
@@ -94,7 +92,7 @@ def score(options: argparse.Namespace) -> dict[str, Any]:
 
 def write(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of writing tokens greedily with the adapted model, after some to warm up."""
-    model, tokenizer = adapted(options, kernels=False)
+    model, tokenizer = adapted(options)
     generate(model, tokenizer, PROMPT, max_new_tokens=4)
     started = time.monotonic()
     text = generate(model, tokenizer, PROMPT, max_new_tokens=options.tokens)
