@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -164,8 +164,14 @@ class Run:
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after *step*."""
-        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        self.write("metrics.jsonl", "".join(lines))
+        self._keep_metrics(lambda line: line["step"] <= step)
+
+    def drop_evaluation(self, step: int) -> None:
+        """Drop the lines of an evaluation after *step*."""
+        self._keep_metrics(lambda line: line["step"] != step or "eval_loss" not in line)
+
+    def _keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.read_metrics() if wanted(line)))
 
     # Checkpoints
 

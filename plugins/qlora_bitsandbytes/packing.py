@@ -81,7 +81,7 @@ def _bins(scaled: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor
 
 
 class _Workspace:
-    """What a chunk of at most *size* weights is worked on in, 13 bytes per weight; each chunk uses it again.
+    """What a chunk of at most *size* weights is worked on in, 14 bytes per weight; each chunk uses it again.
 
     Anew for each chunk, it would leave gaps between the weights that are kept: up to half of the memory that they take.
     """

@@ -6,6 +6,7 @@ weight to memory and reading it again takes ten times as long as its product. Im
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,8 +207,9 @@ class Packed:
 
     dtype: torch.dtype
     numbers: tuple[int, ...]
-    """Addresses of the packed weight and its code, block size; 1 where scales are nested, and where they are."""
-    absmax: Tensor
+    """Addresses of weight and code, block size; of the scales 1 where they are nested, addresses, and their own block size."""
+    sources: tuple[Tensor, ...]
+    """What lies at the addresses besides the weight."""
 
     def __reduce__(self) -> Any:
         """Let a copy of a model, whose weights lie elsewhere, begin with None."""
@@ -219,23 +221,35 @@ class Packed:
         weight = layer.weight
         state = weight.quant_state
         found: Packed | None = getattr(state, "packed_numbers", None)
-        if found is None or found.absmax is not state.absmax or found.numbers[0] != weight.data_ptr():
-            found = cls._read(weight, state)
-            state.packed_numbers = found
+        if found is None or not found.holds(weight, _sources(state)):
+            state.packed_numbers = found = cls._read(weight, state)
         return found
+
+    def holds(self, weight: Tensor, sources: tuple[Tensor, ...]) -> bool:
+        """Return whether all lies where it did."""
+        same = self.numbers[0] == weight.data_ptr() and len(sources) == len(self.sources)
+        return same and all(map(operator.is_, sources, self.sources))
 
     @classmethod
     def _read(cls, weight: Tensor, state: Any) -> Packed | None:
-        nested = (state.state2.code, state.state2.absmax, state.offset) if state.nested else (state.absmax,)
+        code, absmax, *nested = sources = _sources(state)
         known = state.dtype in DTYPES and weight.device.type == "cpu" and weight.shape[0] != 1 and weight.is_contiguous()
         known = known and state.blocksize % 32 == 0 and state.shape[1] % state.blocksize == 0
-        wide = all(part.dtype == torch.float32 for part in (state.code, *nested))
-        if not known or not wide or (state.nested and state.state2.dtype != torch.float32):
+        known = known and absmax.dtype == (torch.uint8 if nested else torch.float32)
+        if not known or any(part.dtype != torch.float32 for part in (code, *nested)):
             return None
-        more = [part.data_ptr() for part in nested]
-        more = [*more, state.state2.blocksize] if state.nested else [0, 0, 0, 1]
-        numbers = (weight.data_ptr(), state.code.data_ptr(), state.blocksize, int(state.nested), state.absmax.data_ptr(), *more)
-        return cls(state.dtype, numbers, state.absmax)
+        if nested and state.state2.dtype != torch.float32:
+            return None
+        more = [*(part.data_ptr() for part in nested), state.state2.blocksize] if nested else [0, 0, 0, 1]
+        numbers = (weight.data_ptr(), code.data_ptr(), state.blocksize, int(bool(nested)), absmax.data_ptr(), *more)
+        return cls(state.dtype, numbers, sources)
+
+
+def _sources(state: Any) -> tuple[Tensor, ...]:
+    """Return what a QuantState has beside the weight: its code and scales, and where these are nested those of the scales."""
+    if not state.nested:
+        return state.code, state.absmax
+    return state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset
 
 
 def unpacked(layer: Any) -> Tensor | None:
@@ -252,7 +266,7 @@ def unpacked(layer: Any) -> Tensor | None:
 
 def multiplies(layer: Any, x: Tensor) -> bool:
     """Return whether `gemv` knows *layer*, a Linear4bit, and is the quicker way for x (rows, in)."""
-    if x.shape[0] > ROWS or x.device.type != "cpu":
+    if x.shape[0] > ROWS or x.device.type != "cpu" or x.shape[1] != layer.weight.quant_state.shape[1]:
         return False
     packed = Packed.of(layer)
     return packed is not None and packed.dtype == x.dtype

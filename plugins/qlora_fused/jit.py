@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +54,15 @@ ARITHMETIC = ("contract", "reassoc", "nsz", "arcp")
 class Loop:
     """A function of that array, compiled for a dtype when it is first called with it and kept on disk for the next process."""
 
-    def __init__(self, function: Any, arithmetic: Sequence[str] = ARITHMETIC) -> None:
-        self.function, self.arithmetic = function, arithmetic
+    def __init__(self, function: Any) -> None:
+        self.function = function
         self.compiled: dict[torch.dtype, Any] = {}
 
     def __call__(self, dtype: torch.dtype, blocks: int, *values: Tensor | int | float) -> None:
         """Run for the *blocks* with *values*: the addresses of tensors, ints, and floats as float32."""
         if dtype not in self.compiled:
             declared = types.void(types.CPointer(DTYPES[dtype]))
-            self.compiled[dtype] = cfunc(declared, cache=True, error_model="numpy", fastmath=set(self.arithmetic))(
-                self.function
-            )
+            self.compiled[dtype] = cfunc(declared, cache=True, error_model="numpy", fastmath=set(ARITHMETIC))(self.function)
         array = [_number(value) for value in values]
         data = (ctypes.c_int64 * (2 + len(array)))(0, blocks, *array)
         threads()(self.compiled[dtype].address, data, min(blocks, torch.get_num_threads()), 0)

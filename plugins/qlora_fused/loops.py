@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from qlora_fused.fourbit import gemv, multiplies, unpacked
@@ -273,6 +274,11 @@ def softmax_backward(scores: Tensor, dp: Tensor, first: int, scale: float) -> tu
     return p, dp
 
 
+@njit(error_model="numpy", fastmath=False)  # by itself: large numbers that are close, from which nothing may be taken before
+def _minus(x: Any, y: Any) -> Any:
+    return x - y
+
+
 @Loop
 def _cross_entropies(a: Any) -> None:
     at = numbers(a)
@@ -291,7 +297,7 @@ def _cross_entropies(a: Any) -> None:
                 powers[i] = exp(get(logits, start + i) - highest)
             for i in range(width):
                 total += powers[i]
-            nats[row] = np.log(total) + highest - own
+            nats[row] = np.log(total) + _minus(highest, own)
             if into_logits != 0:
                 share = factor / total
                 for i in range(width):
@@ -308,8 +314,10 @@ def cross_entropies(
     logits: (m, V), targets: (n,) int64, with n at most m; *gradient* (m, V) may be *logits*, and is 0 from row n on. What it
     takes is contiguous, on the CPU, and of a dtype in DTYPES. Raises IndexError for a target that is none of V.
     """
-    taken = logits.dtype in DTYPES and logits.device.type == "cpu" and logits.is_contiguous() and targets.is_contiguous()
-    if not taken or (gradient is not None and not gradient.is_contiguous()):
+    floating = [logits] if gradient is None else [logits, gradient]
+    if any(part.dtype != logits.dtype or part.dtype not in DTYPES for part in floating) or targets.dtype != torch.int64:
+        return None
+    if any(part.device.type != "cpu" or not part.is_contiguous() for part in (*floating, targets)):
         return None
     nats, width = torch.empty(len(targets), dtype=torch.float32), logits.shape[1]
     if gradient is not None and gradient.data_ptr() != logits.data_ptr():
@@ -322,5 +330,6 @@ def cross_entropies(
         sizes = (rows, width, -(-rows // blocks), int(gradient is not None), 1.0 if factor is None else float(factor))
         _cross_entropies(logits.dtype, blocks, logits, targets, nats, room, *sizes)
     if gradient is not None:
+        torch.autograd.graph.increment_version(gradient)  # for whoever has saved the logits, and must not use them any more
         gradient[len(targets) :] = 0
     return nats

@@ -24,16 +24,13 @@ class Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, loops: Any = None) -> Tensor:
         """x: (B, heads, T, d) or (B, T, heads, d); cos and sin: the same with one head, and d or fewer values."""
         by_heads = cos.shape[1:3] == (1, x.shape[2])
-        if loops is not None and not (
-            x.dtype in loops.DTYPES and x.stride(-1) == 1 and cos.dtype == torch.float32 and by_heads
-        ):
+        if loops is not None and not (x.dtype in loops.DTYPES and x.stride(-1) == 1 and by_heads):
             loops = None
         ctx.loops = loops
+        ctx.save_for_backward(cos, sin)  # as they came: all layers share them
         if loops is not None:
-            cos, sin = cos.contiguous(), sin.contiguous()
-            ctx.save_for_backward(cos, sin)
+            cos, sin = cos.float().contiguous(), sin.float().contiguous()
             return loops.rotated(x, cos, sin, torch.empty(x.shape, dtype=x.dtype), 1)  # type: ignore[no-any-return]
-        ctx.save_for_backward(cos, sin)
         half = cos.shape[-1] // 2
         return _turned(x, cos, sin[..., :half].neg(), sin[..., half:])
 
@@ -45,6 +42,7 @@ class Rotary(torch.autograd.Function):
         if ctx.loops is not None and dy.stride(-1) == 1:
             # as the layer before gave it: heads beside each other
             dx = torch.empty_like(dy.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            cos, sin = cos.float().contiguous(), sin.float().contiguous()
             return ctx.loops.rotated(dy, cos, sin, dx, -1), None, None, None
         half = cos.shape[-1] // 2
         return _turned(dy, cos, sin[..., half:], sin[..., :half].neg()), None, None, None
@@ -65,7 +63,7 @@ def apply_rotary_pos_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, *, loops: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Return q and k rotated, with the signature of transformers' functions of this name."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim).float(), sin.unsqueeze(unsqueeze_dim).float()
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return Rotary.apply(q, cos, sin, loops), Rotary.apply(k, cos, sin, loops)  # type: ignore[no-untyped-call]
 
 

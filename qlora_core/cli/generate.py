@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from qlora_core.run import Run
 from qlora_core.saved import SavedRun
 
 __all__ = ["generate", "open_run"]
+
+logger = logging.getLogger("qlora_core")
 
 
 def generate(
@@ -104,7 +107,12 @@ def _lies_in(module: str, folder: Path) -> bool:
 def _load(source: str, quantizer: str, modules: list[str] | None, disable: list[str] | None, *, trust: bool) -> tuple[Any, Any]:
     if Run.holds_a_run(Path(source)):
         saved, _ = open_run(source, modules, disable, trust=trust)
-        return saved.apply_kernels(saved.add_adapter(saved.load_base())), saved.load_tokenizer()
+        adapted = saved.add_adapter(saved.load_base())
+        try:
+            saved.apply_kernels(adapted)
+        except ConfigError as error:  # they are for speed only
+            logger.warning("writing without the run's kernels: %s", error)
+        return adapted, saved.load_tokenizer()
     from qlora_core.model import load_model, load_tokenizer
 
     model = ModelConfig(path=source, trust_remote_code=trust)

@@ -24,7 +24,11 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 """Gives logits (n, V) for hidden states (n, H)."""
 
 LossesOfLogits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor | None]
-"""What computes as `_Tile` does, of *logits, targets, gradient, factor*, or returns None where it does not know these."""
+"""What computes as `_Tile` does, of *logits, targets, gradient, factor*, or returns None where it does not know these.
+
+What it writes to *gradient* must raise that tensor's version, as torch's operations do: by that autograd notices that logits
+which it has saved were written over.
+"""
 
 LOSSES_OF_LOGITS = "losses_of_logits"
 """The attribute of a head module in which kernels may leave a LossesOfLogits."""

@@ -15,9 +15,13 @@ __all__ = ["StopOnSignal"]
 
 
 class StopOnSignal(transformers.TrainerCallback):
-    """Ends training after the current step once a signal has come. `received` is its number, 0 before."""
+    """Ends training after the current step once a signal has come. `received` is its number, 0 before.
+
+    There may be little time: an evaluation that is due after that step is left to who resumes, and `evaluation_due` says so.
+    """
 
     received = 0
+    evaluation_due = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,6 +44,7 @@ class StopOnSignal(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop."""
         if self.received:
+            self.evaluation_due = control.should_evaluate
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

@@ -60,6 +60,8 @@ class QLoRATrainer(transformers.Trainer):
                 prepare_packed(model)
         self._order = EpochOrder.of(encoded.train, args)
         self._generators: dict[str, Any] | None = None  # to be restored after the next batch
+        self._evaluation_due: list[Any] | None = None  # the generators with which one is to be made up for, after resuming
+        self._generators_now: Any = None  # those after it, with which training goes on
         self._stream_from = 0  # the step at which this process began to read a stream
         with _not_called_quantized(model):
             super().__init__(
@@ -121,10 +123,34 @@ class QLoRATrainer(transformers.Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, or nothing where the run was resumed from its end: the library looks only after a further step."""
-        if self.state.global_step < self.state.max_steps:
+        self._make_up_for_evaluation()
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Finish; a run that was resumed from the end of its last epoch has come here at once."""
+        self._make_up_for_evaluation()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _make_up_for_evaluation(self) -> None:
+        """Evaluate, where a signal kept the run from doing so after the step that it is resumed from, with its generators."""
+        if self._evaluation_due is None:
+            return
+        generators, self._evaluation_due = self._evaluation_due, None
+        self._restore(generators)
+        if self.is_world_process_zero():
+            self.run.drop_evaluation(self.state.global_step)  # of an earlier time that it was resumed from there
+        self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self.run.checkpoint(self.state.best_global_step))
+        self.control.should_save = False  # what is to be kept is there: the checkpoint
+        self._generators_now = checkpoint.rng_state()
+
+    def _restore(self, generators: list[Any]) -> None:
+        if self.args.process_index < len(generators):
+            checkpoint.restore_rng(generators[self.args.process_index])
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the loss of a batch, whose gradients are added up."""
@@ -263,6 +289,7 @@ class QLoRATrainer(transformers.Trainer):
                             "loss_since_log": self._tr_loss,
                             "step_of_last_log": self._globalstep_last_logged,
                             "stream": self._stream_state(),
+                            "evaluation_due": any(getattr(c, "evaluation_due", False) for c in self.callback_handler.callbacks),
                         },
                         folder,
                         "state",
@@ -283,6 +310,8 @@ class QLoRATrainer(transformers.Trainer):
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self._logged_tokens = self.state.num_input_tokens_seen
+        if state.get("evaluation_due"):
+            self._evaluation_due = state["generators"]
         if state["stream"] is not None and isinstance(self.train_dataset, StreamedBlocks):
             self.train_dataset.restore(state["stream"]["state"])
             self._stream_from = state["stream"]["step"]
@@ -307,8 +336,10 @@ class QLoRATrainer(transformers.Trainer):
         if checkpoint_path is None:
             return
         state = checkpoint.load_tree(Path(checkpoint_path), "state")
-        if self.args.process_index < len(state["generators"]):
-            checkpoint.restore_rng(state["generators"][self.args.process_index])
+        if self._generators_now is None:
+            self._restore(state["generators"])
+        else:
+            checkpoint.restore_rng(self._generators_now)
         self._tr_loss += state["loss_since_log"].to(self._tr_loss.device)
         self._globalstep_last_logged = state["step_of_last_log"]
         if isinstance(self.train_dataset, StreamedBlocks):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qlora_core.cli.main import main
 
@@ -84,6 +86,21 @@ def test_generate_samples_by_seed(trained: Path, capsys: Any) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+
+
+def test_generate_writes_with_the_kernels_of_the_run_and_without_them_where_they_are_gone(
+    trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for kernels, said in (("fused", "kernels fused: 14 LoRA layers"), ("gone", "writing without the run's kernels: ")):
+        path.write_text(yaml.safe_dump({**config, "kernels": kernels}), encoding="utf-8")
+        assert qlora("generate", tmp_path / "run", "The import", "--max-new-tokens", 4, "--verbose") == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("The import")
+        assert said in err
+    assert "'gone'" in err
 
 
 def test_generate_takes_a_plain_model_too(tiny_model: Path, capsys: Any) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from qlora_bitsandbytes import NF4
 from qlora_core import Finished, RunError, finetune
+from qlora_core.pipeline import Interrupted
 from qlora_peft import LoRA
 
 CLOCK = ("tokens_per_second", "peak_memory_bytes", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
@@ -196,6 +197,66 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_resumes(
     assert resumed.code == 0, resumed.err
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line]
     assert steps == list(range(1, step + 3))
+
+
+class SignalAt(StopAt):
+    """Sends this process a signal in a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize(
+    ("training", "step"),
+    [
+        ({"max_steps": 6, "eval_steps": 2, "gradient_accumulation": 2}, 4),
+        ({"max_steps": 6, "eval_steps": 2}, 6),
+        ({"epochs": 2, "batch_size": 64}, 0),
+        ({"epochs": 2, "batch_size": 64}, -1),
+    ],
+    ids=["in-an-epoch", "the-last-step", "end-of-an-epoch", "end-of-the-last-epoch"],
+)
+def test_an_evaluation_that_a_signal_left_out_is_made_up_for_and_changes_no_bit(
+    run: Callable[..., Finished], tmp_path: Path, keep: str, training: dict[str, Any], step: int
+) -> None:
+    """Also where the run is killed before its next checkpoint, and resumed once more."""
+    training = {"max_steps": None, "save_steps": 100, "save_total_limit": None, "keep": keep, **training}
+    adapter = LoRA(r=4, dropout=0.1)  # which draws numbers, as an evaluation does
+    whole = run(adapter=adapter, output=tmp_path / "whole", training=training)
+    evaluated = [line["step"] for line in timeless(whole) if "eval_loss" in line]
+    step = evaluated[step] if step in (0, -1) else step
+    assert step in evaluated
+    with pytest.raises(Interrupted):
+        run(adapter=adapter, output=tmp_path / "parts", training=training, callbacks=[SignalAt(step)])
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [one for one in evaluated if one < step]
+    for _ in range(2):
+        parts = run(adapter=adapter, output=tmp_path / "parts", training=training, resume=f"step-{step}")
+        assert timeless(parts) == timeless(whole)
+        ours, theirs = (load_file(f.run.adapter / "adapter_model.safetensors") for f in (whole, parts))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_evaluation_that_is_made_up_for_may_end_the_run_as_it_would_have(
+    run: Callable[..., Finished], tmp_path: Path
+) -> None:
+    training = {"max_steps": 6, "eval_steps": 2, "learning_rate": 1e-12, "save_total_limit": None}
+
+    class Enough(transformers.TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    whole = run(output=tmp_path / "whole", training=training, callbacks=[Enough()])
+    with pytest.raises(Interrupted):
+        run(output=tmp_path / "parts", training=training, callbacks=[Enough(), SignalAt(4)])
+    parts = run(output=tmp_path / "parts", training=training, callbacks=[Enough()], resume=True)
+    assert [line["step"] for line in timeless(whole) if "eval_loss" in line] == [2, 4]
+    assert timeless(parts) == timeless(whole)
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing_saved(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:

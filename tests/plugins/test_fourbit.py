@@ -71,7 +71,7 @@ def weights_by(layer: Any, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize(("nested", "blocksize"), [(True, 64), (True, 128), (False, 64), (False, 256)])
+@pytest.mark.parametrize(("nested", "blocksize"), [(True, 32), (True, 64), (True, 128), (False, 64), (False, 256)])
 def test_weights_are_those_of_bitsandbytes_to_the_bit(dtype: torch.dtype, kind: str, nested: bool, blocksize: int) -> None:
     layer = made(320, 256, dtype, kind=kind, nested=nested, blocksize=blocksize)
     assert torch.equal(weights_by(layer, 320, 256, dtype), theirs(layer))
@@ -87,6 +87,26 @@ def test_all_of_a_weight_is_unpacked_whatever_its_size(shape: tuple[int, int]) -
     found = unpacked(layer)
     assert found is not None
     assert torch.equal(found, theirs(layer))
+
+
+def test_other_storage_is_read_as_the_octets_that_it_is() -> None:
+    layer: Any = Linear4bit(128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", quant_storage=torch.bfloat16)
+    layer.weight.data = values(64, 128, dtype=torch.bfloat16)
+    layer.to("cpu")
+    assert layer.weight.dtype == torch.bfloat16
+    found = unpacked(layer)
+    assert found is not None
+    assert torch.equal(found, theirs(layer))
+
+
+def test_adapters_in_bfloat16_and_rows_that_lie_apart_are_taken_as_they_are() -> None:
+    layer = made(64, 128, torch.bfloat16)
+    a, b = (part.bfloat16() for part in adapters(64, 128, 4, 3))
+    x = values(3, 256, dtype=torch.bfloat16)[:, ::2]
+    (y,) = gemv(x, [layer], [a, b], [2.0])
+    (again,) = gemv(x.contiguous(), [layer], [a.float(), b.float()], [2.0])
+    assert torch.equal(y, again)
+    assert gemv(x[:0], [layer], [a, b], [2.0])[0].shape == (0, 64)
 
 
 @pytest.mark.parametrize("odd", ["blocks that cross rows", "float16", "offset", "scales of scales"])
@@ -128,6 +148,7 @@ def test_it_is_taken_for_a_few_rows_of_the_dtype_of_the_weight_and_blocks_that_d
     assert not multiplies(layer, values(ROWS + 1, 128, dtype=torch.bfloat16))
     assert not multiplies(layer, x.float())
     assert not multiplies(layer, x.to("meta"))
+    assert not multiplies(layer, values(1, 256, dtype=torch.bfloat16))
     assert not multiplies(made(64, 96, torch.bfloat16), values(1, 96, dtype=torch.bfloat16))
     assert not multiplies(made(64, 128, torch.float16), values(1, 128, dtype=torch.float16))
 
@@ -153,6 +174,10 @@ def test_a_copy_and_a_changed_weight_are_read_where_they_lie() -> None:
     assert torch.equal(layer_again, before)
     assert not zero.any()
     assert Packed.of(layer) != Packed.of(twin)
+    layer.weight.quant_state.offset = 2 * layer.weight.quant_state.offset
+    found = unpacked(layer)
+    assert found is not None
+    assert torch.equal(found, theirs(layer))
     other = made(64, 128, torch.float32, seed=1)
     layer.weight.data, layer.weight.quant_state = other.weight.data, other.weight.quant_state
     assert torch.equal(gemv(x, [layer], zeros, [1.0])[0], gemv(x, [other], zeros, [1.0])[0])

@@ -396,6 +396,8 @@ def test_what_the_loop_does_not_know_is_left_to_torch_and_no_target_reads_beyond
     assert loops.cross_entropies(logits.half(), targets) is None
     assert loops.cross_entropies(logits[:, ::2], targets) is None
     assert loops.cross_entropies(logits.to("meta"), targets) is None
+    assert loops.cross_entropies(logits, targets.int()) is None
+    assert loops.cross_entropies(logits, targets, logits.float()) is None
     assert loops.cross_entropies(logits, targets, torch.empty(100, 4, dtype=HALF).t()) is None
     for wrong in (-1, 100):
         with pytest.raises(IndexError, match="targets must lie in 0 to 99"):
@@ -431,3 +433,17 @@ def test_a_mean_loss_by_the_loop_is_as_near_to_float64_as_by_torch(dtype: torch.
         assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6 if dtype == SINGLE else 1e-3)
         errors.append(float((gradient.double() - into_rows).norm() / into_rows.norm()))
     assert errors[1] <= 1.02 * errors[0]
+
+
+@pytest.mark.parametrize("last", [torch.tanh, lambda z: z])
+def test_autograd_notices_that_logits_were_written_over(last: Any) -> None:
+    """A head may need its own output for its gradient; then gradients get memory of their own, and are right."""
+    rows, weight = values(300, 16, dtype=SINGLE).requires_grad_(), values(101, 16, seed=1, dtype=SINGLE)
+    targets = torch.randint(101, (300,), generator=torch.Generator().manual_seed(2))
+
+    def head(chunk: Tensor) -> Tensor:
+        return last(F.linear(chunk, weight))  # type: ignore[no-any-return]
+
+    loss, whole = mean_cross_entropy(head, rows, targets, 300, loops.cross_entropies), F.cross_entropy(head(rows), targets)
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(torch.autograd.grad(loss, rows), torch.autograd.grad(whole, rows))
