@@ -22,6 +22,7 @@ from qlora_bitsandbytes import NF4
 from qlora_core import Finished, RunError, finetune
 from qlora_core.pipeline import Interrupted
 from qlora_peft import LoRA
+from qlora_text import TextFile
 
 CLOCK = ("tokens_per_second", "peak_memory_bytes", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -240,6 +241,22 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for_and_changes_no_bit(
         assert timeless(parts) == timeless(whole)
         ours, theirs = (load_file(f.run.adapter / "adapter_model.safetensors") for f in (whole, parts))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_evaluation_that_is_made_up_for_leaves_a_stream_where_it_was(
+    run: Callable[..., Finished], tmp_path: Path, text_file: Path
+) -> None:
+    training = {"max_steps": 6, "eval_steps": 2, "save_steps": 100, "save_total_limit": None}
+    settings: dict[str, Any] = {"adapter": LoRA(r=4, dropout=0.1), "data": {"streaming": True, "eval_fraction": 0.0}}
+    settings |= {"dataset": TextFile(path=str(text_file), eval_path=str(text_file)), "training": training}
+    whole = run(output=tmp_path / "whole", **settings)
+    assert [line["step"] for line in timeless(whole) if "eval_loss" in line] == [2, 4, 6]
+    with pytest.raises(Interrupted):
+        run(output=tmp_path / "parts", callbacks=[SignalAt(4)], **settings)
+    parts = run(output=tmp_path / "parts", resume=True, **settings)
+    assert timeless(parts) == timeless(whole)
+    ours, theirs = (load_file(f.run.adapter / "adapter_model.safetensors") for f in (whole, parts))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_an_evaluation_that_is_made_up_for_may_end_the_run_as_it_would_have(
