@@ -38,7 +38,7 @@ from qlora_fused.jit import (
     take,
 )
 
-__all__ = ["ROWS", "Packed", "gemv", "multiplies", "unpacked"]
+__all__ = ["ROWS", "Packed", "gemv", "unpacked"]
 
 ROWS = 8  # up to which it is quicker, or as quick: measured at 576 x 576 to 4096 x 4096
 BLOCKS = 8  # into which the outputs of a layer are cut: a few for each thread
@@ -264,25 +264,23 @@ def unpacked(layer: Any) -> Tensor | None:
     return out
 
 
-def multiplies(layer: Any, x: Tensor) -> bool:
-    """Return whether `gemv` knows *layer*, a Linear4bit, and is the quicker way for x (rows, in)."""
-    if x.shape[0] > ROWS or x.device.type != "cpu" or x.shape[1] != layer.weight.quant_state.shape[1]:
-        return False
-    packed = Packed.of(layer)
-    return packed is not None and packed.dtype == x.dtype
-
-
-def gemv(x: Tensor, layers: Sequence[Any], ab: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor]:
+def gemv(x: Tensor, layers: Sequence[Any], ab: Sequence[Tensor], scales: Sequence[float]) -> list[Tensor] | None:
     """Return y_i = x Q(W_i)^T + b_i + s_i (x A_i^T) B_i^T, (rows, out_i), float32 inside and rounded once.
 
-    x: (rows, in); *layers* are what it `multiplies`, *ab* all A and then all B. Q(W) is rounded as bitsandbytes rounds it; A
-    and B, which may be wider than x, are not.
+    None where a weight is not known, or is of another dtype or width than x, and for more than ROWS rows, where it would be
+    slower. x: (rows, in); *layers* are Linear4bit, *ab* all A and then all B. Q(W) is rounded as bitsandbytes rounds it; A and
+    B, which may be wider than x, are not.
     """
     rows, d_in = x.shape
+    if rows > ROWS or x.device.type != "cpu" or any(layer.weight.quant_state.shape[1] != d_in for layer in layers):
+        return None
+    weights = [Packed.of(layer) for layer in layers]
+    if any(packed is None or packed.dtype != x.dtype for packed in weights):
+        return None
     x, ab = x.contiguous(), [part.float().contiguous() for part in ab]
     ys, biases, arguments, ranks = [], [], [], 0
-    for layer, a, b, scale in zip(layers, ab[: len(layers)], ab[len(layers) :], scales, strict=True):
-        rank, packed = len(a), Packed.of(layer)
+    for layer, packed, a, b, scale in zip(layers, weights, ab[: len(layers)], ab[len(layers) :], scales, strict=True):
+        rank = len(a)
         ys.append(x.new_empty(rows, len(b)))
         biases.append(None if layer.bias is None else layer.bias.float())
         arguments += (ys[-1], a, b, rank, float(scale), 0 if biases[-1] is None else biases[-1], len(b), *packed.numbers)  # type: ignore[union-attr]

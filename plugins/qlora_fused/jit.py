@@ -122,37 +122,21 @@ def elements(context: Any, data: Any, address: Any) -> Any:
     return data(data, types.int64), generate
 
 
-@intrinsic
-def floats(context: Any, address: Any) -> Any:
-    """Return the float32s at *address*."""
-    kind = types.CPointer(types.float32)
+def _pointer(to: Any) -> Any:
+    """Return what turns an address into a pointer to numbers of that type."""
+    kind = types.CPointer(to)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
+    @intrinsic
+    def pointer(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(kind))
 
-    return kind(types.int64), generate
+        return kind(types.int64), generate
 
-
-@intrinsic
-def integers(context: Any, address: Any) -> Any:
-    """Return the int64s at *address*."""
-    kind = types.CPointer(types.int64)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64), generate
+    return pointer
 
 
-@intrinsic
-def octets(context: Any, address: Any) -> Any:
-    """Return the uint8s at *address*."""
-    kind = types.CPointer(types.uint8)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64), generate
+floats, integers, octets = (_pointer(to) for to in (types.float32, types.int64, types.uint8))
 
 
 @intrinsic

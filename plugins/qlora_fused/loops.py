@@ -13,7 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qlora_fused.fourbit import gemv, multiplies, unpacked
+from qlora_fused.fourbit import gemv, unpacked
 from qlora_fused.jit import (
     BLOCK,
     DTYPES,
@@ -40,7 +40,6 @@ __all__ = [
     "gated",
     "gated_backward",
     "gemv",
-    "multiplies",
     "rms_norm",
     "rms_norm_backward",
     "rotated",
@@ -323,8 +322,9 @@ def cross_entropies(
     if gradient is not None and gradient.data_ptr() != logits.data_ptr():
         logits = gradient.copy_(logits)
     if len(targets):
-        if not 0 <= int(targets.min()) <= int(targets.max()) < width:
-            raise IndexError(f"targets must lie in 0 to {width - 1} (got {int(targets.min())} to {int(targets.max())})")
+        least, most = map(int, targets.aminmax())
+        if least < 0 or most >= width:
+            raise IndexError(f"targets must lie in 0 to {width - 1} (got {least} to {most})")
         rows, blocks = len(targets), min(len(targets), 4 * torch.get_num_threads())
         room = torch.empty(blocks, width, dtype=torch.float32)  # of which pages are only those that threads write to
         sizes = (rows, width, -(-rows // blocks), int(gradient is not None), 1.0 if factor is None else float(factor))

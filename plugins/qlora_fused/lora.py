@@ -53,10 +53,6 @@ class Member:
         found = self.loops.unpacked(self.layer) if self.loops is not None else None
         return (dequantize_4bit(weight.data, weight.quant_state) if found is None else found).to(dtype)  # type: ignore[no-any-return]
 
-    def stays_packed(self, x: Tensor) -> bool:
-        """Return whether x (rows, in) has so few rows that it is multiplied by the packed weight."""
-        return isinstance(self.layer, Linear4bit) and self.loops is not None and self.loops.multiplies(self.layer, x)
-
     def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """Add x Q(W)^T + b to y (rows, out_features) in place, and return it; y comes small, so that rounding counts once."""
         if self.layer.bias is not None:
@@ -85,9 +81,11 @@ def forward(
 
 def infer(x: Tensor, members: Sequence[Member], ab: Sequence[Tensor]) -> list[Tensor]:
     """Return y_i (rows, out_i) where nobody asks for gradients, given all A and then all B. x: (rows, in)."""
-    if all(member.stays_packed(x) for member in members):
-        layers, scales = zip(*((member.layer, member.scale) for member in members), strict=True)
-        return members[0].loops.gemv(x, layers, ab, scales)  # type: ignore[no-any-return]
+    loops = members[0].loops
+    if loops is not None and all(isinstance(member.layer, Linear4bit) for member in members):
+        ys = loops.gemv(x, [member.layer for member in members], ab, [member.scale for member in members])
+        if ys is not None:  # few rows, and weights that stay packed
+            return ys  # type: ignore[no-any-return]
     return forward(x, members, *matrices(ab, members, x.dtype))[0]
 
 

@@ -31,6 +31,7 @@ from qlora_core.training.loss import causal_lm_loss, score
 from qlora_core.training.nonfinite import Guard
 from qlora_core.training.order import EpochOrder, FollowEpochs
 from qlora_core.training.recompute import MODES, Mode, keep_all, settle
+from qlora_core.training.signals import StopOnSignal
 
 __all__ = ["QLoRATrainer"]
 
@@ -289,7 +290,7 @@ class QLoRATrainer(transformers.Trainer):
                             "loss_since_log": self._tr_loss,
                             "step_of_last_log": self._globalstep_last_logged,
                             "stream": self._stream_state(),
-                            "evaluation_due": any(getattr(c, "evaluation_due", False) for c in self.callback_handler.callbacks),
+                            "evaluation_due": self._evaluation_left_out(),
                         },
                         folder,
                         "state",
@@ -297,6 +298,10 @@ class QLoRATrainer(transformers.Trainer):
                     self.state.save_to_json(str(folder / "trainer_state.json"))
                 self.run.rotate_checkpoints(self.args.save_total_limit, keep=self.state.best_global_step)
             self.accelerator.wait_for_everyone()
+
+    def _evaluation_left_out(self) -> bool:
+        """Return whether a signal has come that keeps an evaluation from being made after this step."""
+        return any(c.evaluation_due for c in self.callback_handler.callbacks if isinstance(c, StopOnSignal))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))

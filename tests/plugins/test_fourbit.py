@@ -23,7 +23,7 @@ if jit.threads() is None:
     pytest.skip("torch's threads are not to be had here", allow_module_level=True)
 
 from qlora_fused import loops
-from qlora_fused.fourbit import ROWS, Packed, gemv, multiplies, unpacked
+from qlora_fused.fourbit import ROWS, Packed, gemv, unpacked
 from qlora_fused.lora import Member
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,11 +62,22 @@ def adapters(d_out: int, d_in: int, rank: int, seed: int) -> tuple[Tensor, Tenso
     return values(rank, d_in, seed=seed) / d_in**0.5, values(d_out, rank, seed=seed + 1)
 
 
+def products(*arguments: Any) -> list[Tensor]:
+    ys = gemv(*arguments)
+    assert ys is not None
+    return ys
+
+
+def taken(layer: Any, x: Tensor) -> bool:
+    d_out, d_in = layer.weight.quant_state.shape
+    return gemv(x, [layer], [torch.zeros(1, d_in), torch.zeros(d_out, 1)], [1.0]) is not None
+
+
 def weights_by(layer: Any, d_out: int, d_in: int, dtype: torch.dtype) -> Tensor:
     """Return W (out, in) as products with the rows of the identity, a few at a time."""
     a, b = torch.zeros(1, d_in), torch.zeros(d_out, 1)
     identity = torch.eye(d_in, dtype=dtype)
-    return torch.cat([gemv(rows, [layer], [a, b], [1.0])[0] for rows in identity.split(ROWS)]).T
+    return torch.cat([products(rows, [layer], [a, b], [1.0])[0] for rows in identity.split(ROWS)]).T
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -103,10 +114,10 @@ def test_adapters_in_bfloat16_and_rows_that_lie_apart_are_taken_as_they_are() ->
     layer = made(64, 128, torch.bfloat16)
     a, b = (part.bfloat16() for part in adapters(64, 128, 4, 3))
     x = values(3, 256, dtype=torch.bfloat16)[:, ::2]
-    (y,) = gemv(x, [layer], [a, b], [2.0])
-    (again,) = gemv(x.contiguous(), [layer], [a.float(), b.float()], [2.0])
+    (y,) = products(x, [layer], [a, b], [2.0])
+    (again,) = products(x.contiguous(), [layer], [a.float(), b.float()], [2.0])
     assert torch.equal(y, again)
-    assert gemv(x[:0], [layer], [a, b], [2.0])[0].shape == (0, 64)
+    assert products(x[:0], [layer], [a, b], [2.0])[0].shape == (0, 64)
 
 
 @pytest.mark.parametrize("odd", ["blocks that cross rows", "float16", "offset", "scales of scales"])
@@ -129,7 +140,7 @@ def test_layers_that_share_x_are_computed_as_their_formula_and_rounded_once(dtyp
     layers = [made(d_out, 384, dtype, seed=d_out, bias=d_out != 192) for d_out in sizes]
     pairs = [adapters(d_out, 384, rank, d_out) for d_out, rank in zip(sizes, ranks, strict=True)]
     x = values(rows, 384, seed=5, dtype=dtype)
-    ys = gemv(x, layers, [*(a for a, _ in pairs), *(b for _, b in pairs)], scales)
+    ys = products(x, layers, [*(a for a, _ in pairs), *(b for _, b in pairs)], scales)
     for y, layer, (a, b), scale in zip(ys, layers, pairs, scales, strict=True):
         wide = x.double()
         wanted = wide @ theirs(layer).double().T + scale * (wide @ a.double().T) @ b.double().T
@@ -143,34 +154,34 @@ def test_layers_that_share_x_are_computed_as_their_formula_and_rounded_once(dtyp
 def test_it_is_taken_for_a_few_rows_of_the_dtype_of_the_weight_and_blocks_that_do_not_cross_rows() -> None:
     layer = made(64, 128, torch.bfloat16)
     x = values(ROWS, 128, dtype=torch.bfloat16)
-    assert multiplies(layer, x)
-    assert multiplies(layer, x[:1])
-    assert not multiplies(layer, values(ROWS + 1, 128, dtype=torch.bfloat16))
-    assert not multiplies(layer, x.float())
-    assert not multiplies(layer, x.to("meta"))
-    assert not multiplies(layer, values(1, 256, dtype=torch.bfloat16))
-    assert not multiplies(made(64, 96, torch.bfloat16), values(1, 96, dtype=torch.bfloat16))
-    assert not multiplies(made(64, 128, torch.float16), values(1, 128, dtype=torch.float16))
+    assert taken(layer, x)
+    assert taken(layer, x[:1])
+    assert not taken(layer, values(ROWS + 1, 128, dtype=torch.bfloat16))
+    assert not taken(layer, x.float())
+    assert not taken(layer, x.to("meta"))
+    assert not taken(layer, values(1, 256, dtype=torch.bfloat16))
+    assert not taken(made(64, 96, torch.bfloat16), values(1, 96, dtype=torch.bfloat16))
+    assert not taken(made(64, 128, torch.float16), values(1, 128, dtype=torch.float16))
 
 
 @pytest.mark.skipif(not Linear4bit(64, 64).support_avx512bf16_for_cpu, reason="bitsandbytes packs weights again on AVX512-bf16")
 def test_a_weight_that_bitsandbytes_packed_once_more_is_left_to_it() -> None:
     layer = made(64, 128, torch.bfloat16)
     x = values(1, 128, dtype=torch.bfloat16)
-    assert multiplies(layer, x)
+    assert taken(layer, x)
     layer.support_avx512bf16_for_cpu = True
     layer.eval()(x)
-    assert not multiplies(layer, x)
+    assert not taken(layer, x)
 
 
 def test_a_copy_and_a_changed_weight_are_read_where_they_lie() -> None:
     layer = made(64, 128, torch.float32)
     zeros = [torch.zeros(1, 128), torch.zeros(64, 1)]
     x = values(1, 128)
-    (before,) = gemv(x, [layer], zeros, [1.0])
+    (before,) = products(x, [layer], zeros, [1.0])
     twin = copy.deepcopy(layer)
     twin.weight.data.fill_(0x77)  # level 7 of nf4 is 0
-    layer_again, zero = gemv(x, [layer], zeros, [1.0])[0], gemv(x, [twin], zeros, [1.0])[0]
+    layer_again, zero = products(x, [layer], zeros, [1.0])[0], products(x, [twin], zeros, [1.0])[0]
     assert torch.equal(layer_again, before)
     assert not zero.any()
     assert Packed.of(layer) != Packed.of(twin)
@@ -180,7 +191,7 @@ def test_a_copy_and_a_changed_weight_are_read_where_they_lie() -> None:
     assert torch.equal(found, theirs(layer))
     other = made(64, 128, torch.float32, seed=1)
     layer.weight.data, layer.weight.quant_state = other.weight.data, other.weight.quant_state
-    assert torch.equal(gemv(x, [layer], zeros, [1.0])[0], gemv(x, [other], zeros, [1.0])[0])
+    assert torch.equal(products(x, [layer], zeros, [1.0])[0], products(x, [other], zeros, [1.0])[0])
 
 
 OF_THIS_PROCESSOR = """
