@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from qlora_fused.products import has_amx
+from qlora_fused.cpu import has_amx
 
 __all__ = ["BLOCKWISE", "COMPILED", "attention"]
 

@@ -38,7 +38,7 @@ from qlora_fused.jit import (
     take,
 )
 
-__all__ = ["ROWS", "Packed", "gemv", "unpacked"]
+__all__ = ["ROWS", "Packed", "gemv", "scale_of", "unpacked"]
 
 ROWS = 8  # up to which it is quicker, or as quick: measured at 576 x 576 to 4096 x 4096
 BLOCKS = 8  # into which the outputs of a layer are cut: a few for each thread
@@ -137,7 +137,7 @@ def _plus(x: Any, y: Any, z: Any) -> Any:
 
 
 @njit(**INLINE)
-def _scale(at: Any, first: Any, block: Any) -> Any:
+def scale_of(at: Any, first: Any, block: Any) -> Any:
     """Return the scale of a block of weights, to the bits of bitsandbytes; *first* is where a Packed's numbers begin."""
     if at[first + 3] == 0:
         return floats(at[first + 4])[block]
@@ -154,7 +154,7 @@ def _unpacked(a: Any) -> None:
     while block < at[1]:
         for i in range(block * size, min(n, (block + 1) * size)):
             here, to = _ahead(packed, i * blocksize // 2), _ahead(out, i * blocksize)
-            _unpack(a, code, _scale(at, weight, i), here, to, blocksize // 32)
+            _unpack(a, code, scale_of(at, weight, i), here, to, blocksize // 32)
         block = take(a)
 
 
@@ -188,7 +188,7 @@ def _gemv(a: Any) -> None:
         for j in range(start, min(d_out, start + size)):
             for n in range(j * per_row, (j + 1) * per_row):
                 there = _ahead(weights, (n - j * per_row) * blocksize)
-                _unpack(a, code, _scale(at, weight, n), _ahead(packed, n * blocksize // 2), there, blocksize // 32)
+                _unpack(a, code, scale_of(at, weight, n), _ahead(packed, n * blocksize // 2), there, blocksize // 32)
             for row in range(rows):
                 total = ZERO
                 for i in range(d_in):

@@ -17,8 +17,6 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from qlora_fused.products import add_product
-
 __all__ = [
     "Group",
     "Member",
@@ -38,12 +36,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Member:
-    """One frozen layer, with the scale of its adapter (alpha / r), the dropout of the adapter's input, and compiled loops."""
+    """One frozen layer, with the scale of its adapter (alpha / r), the dropout of the adapter's input, and who computes.
+
+    That are modules, or None: compiled loops, and products by tiles.
+    """
 
     layer: torch.nn.Module
     scale: float
     dropout: float
     loops: Any = None
+    tiles: Any = None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return Q(W), (out_features, in_features), in *dtype*."""
@@ -57,7 +59,7 @@ class Member:
         """Add x Q(W)^T + b to y (rows, out_features) in place, and return it; y comes small, so that rounding counts once."""
         if self.layer.bias is not None:
             y.add_(self.layer.bias.detach())  # type: ignore[operator]
-        return add_product(y, x, self.weight(x.dtype).t())
+        return y.addmm_(x, self.weight(x.dtype).t())
 
 
 def matrices(ab: Sequence[Tensor], members: Sequence[Member], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -86,7 +88,16 @@ def infer(x: Tensor, members: Sequence[Member], ab: Sequence[Tensor]) -> list[Te
         ys = loops.gemv(x, [member.layer for member in members], ab, [member.scale for member in members])
         if ys is not None:  # few rows, and weights that stay packed
             return ys  # type: ignore[no-any-return]
+    if (adapters := tiled(x, members, ab)) is not None:
+        return members[0].tiles.linear(x, adapters)[0]  # type: ignore[no-any-return]
     return forward(x, members, *matrices(ab, members, x.dtype))[0]
+
+
+def tiled(x: Tensor, members: Sequence[Member], ab: Sequence[Tensor]) -> Any:
+    """Return the Adapters of *members* if products by tiles are to be had for x (rows, in), else None."""
+    if members[0].tiles is None:
+        return None
+    return members[0].tiles.adapters_of(x, members, ab[: len(members)], ab[len(members) :])
 
 
 def into_h(dys: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -105,7 +116,7 @@ def into_x(dys: Sequence[Tensor], dh: Tensor, members: Sequence[Member], a: Tens
     if kept is not None:
         dx.mul_(kept)
     for dy, member in zip(dys, members, strict=True):
-        add_product(dx, dy, member.weight(dx.dtype))
+        dx.addmm_(dy, member.weight(dx.dtype))
     return dx
 
 
@@ -129,14 +140,16 @@ class FusedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, members: Sequence[Member], *ab: Tensor) -> tuple[Tensor, ...]:
         """Compute y; with dropout, which is drawn as PEFT draws it, there is one member."""
         flat = x.reshape(-1, x.shape[-1])
-        a, b = matrices(ab, members, x.dtype)
         kept = seen = None
         if members[0].dropout:
             kept = torch.empty_like(x).bernoulli_(1 - members[0].dropout).view_as(flat)
             seen = flat * kept.div(1 - members[0].dropout)
-        ys, h = forward(flat, members, a, b, seen)
-        ctx.members = members
-        ctx.dropped = kept is not None
+        adapters = tiled(flat, members, ab)
+        ctx.members, ctx.dropped, ctx.tiled = members, kept is not None, adapters is not None
+        if adapters is not None:
+            ys, h = members[0].tiles.linear(flat, adapters, seen)
+        else:
+            ys, h = forward(flat, members, *matrices(ab, members, x.dtype), seen)
         ctx.save_for_backward(*((flat,) if kept is None else (flat, kept.bool())), h, *ab)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
@@ -149,13 +162,18 @@ class FusedLinear(torch.autograd.Function):
         if ctx.dropped:
             kept = rest.pop(0).to(x.dtype).div_(1 - ctx.members[0].dropout)
         h, *ab = rest
-        a, b = matrices(ab, ctx.members, x.dtype)
         flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dh = into_h(flat, b)
-        dab = into_ab(flat, dh, x if kept is None else x * kept, h, ctx.members, b)
-        if not ctx.needs_input_grad[0]:
-            return None, None, *dab
-        return into_x(flat, dh, ctx.members, a, kept).view(*dys[0].shape[:-1], -1), None, *dab
+        dx = None
+        if ctx.tiled:
+            tiles, adapters = ctx.members[0].tiles, tiled(x, ctx.members, ab)
+            dx, dab = tiles.linear_backward(flat, x, h, adapters, kept, into_x=ctx.needs_input_grad[0])
+        else:
+            a, b = matrices(ab, ctx.members, x.dtype)
+            dh = into_h(flat, b)
+            dab = into_ab(flat, dh, x if kept is None else x * kept, h, ctx.members, b)
+            if ctx.needs_input_grad[0]:
+                dx = into_x(flat, dh, ctx.members, a, kept)
+        return None if dx is None else dx.view(*dys[0].shape[:-1], -1), None, *dab
 
 
 def _compute(x: Tensor, members: Sequence[Member], ab: list[Tensor]) -> Sequence[Tensor]:
@@ -179,7 +197,7 @@ def _trained(module: torch.nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def members_of(layers: Sequence[Any], loops: Any = None) -> tuple[tuple[Member, ...], list[Tensor]] | None:
+def members_of(layers: Sequence[Any], loops: Any = None, tiles: Any = None) -> tuple[tuple[Member, ...], list[Tensor]] | None:
     """Return *layers* as their adapters stand now, with all A and all B; None where that is for PEFT to compute.
 
     So it is where no adapter is active, or several are, and where one is merged or is of a variant such as DoRA.
@@ -196,7 +214,7 @@ def members_of(layers: Sequence[Any], loops: Any = None) -> tuple[tuple[Member, 
             return None
         dropout = layer.lora_dropout[name]
         rate = dropout.p if isinstance(dropout, torch.nn.Dropout) and layer.training else 0.0
-        members.append(Member(layer.base_layer, layer.scaling[name], rate, loops))
+        members.append(Member(layer.base_layer, layer.scaling[name], rate, loops, tiles))
         a.append(layer.lora_A[name].weight)
         b.append(layer.lora_B[name].weight)
     return tuple(members), [*a, *b]
@@ -226,7 +244,7 @@ class Group:
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "x": None, "ys": {}}
 
-    def call(self, index: int, x: Tensor, loops: Any = None) -> Tensor | None:
+    def call(self, index: int, x: Tensor, loops: Any = None, tiles: Any = None) -> Tensor | None:
         """Return y of the layer at *index* for *x*, or None where that is for PEFT to compute."""
         if index and self.x is x and index in self.ys:
             y = self.ys.pop(index)
@@ -237,14 +255,14 @@ class Group:
         dtype = compute_dtype(x, self.layers[index])
         if dtype != output_dtype(x):  # (without autocast: PEFT then keeps A and B in a wider dtype)
             return None
-        found = members_of(self.layers[index:] if not index else self.layers[index : index + 1], loops)
+        found = members_of(self.layers[index:] if not index else self.layers[index : index + 1], loops, tiles)
         if found is None:
-            found = members_of(self.layers[index : index + 1], loops)
+            found = members_of(self.layers[index : index + 1], loops, tiles)
         if found is None:
             return None
         members, ab = found
         if members[0].dropout or any(member.dropout for member in members):
-            members, ab = members_of(self.layers[index : index + 1], loops)  # type: ignore[misc]
+            members, ab = members_of(self.layers[index : index + 1], loops, tiles)  # type: ignore[misc]
         with torch.autocast(x.device.type, enabled=False):
             y, *others = _compute(x.to(dtype), members, ab)
         if others:
@@ -252,14 +270,14 @@ class Group:
         return y  # type: ignore[no-any-return]
 
 
-def fuse_group(layers: Sequence[Any], loops: Any = None) -> None:
+def fuse_group(layers: Sequence[Any], loops: Any = None, tiles: Any = None) -> None:
     """Let *layers*, all `fusible`, compute as one group."""
     group = Group(layers)
     for index, layer in enumerate(layers):
         layer.fused_group = group  # an attribute: a deep copy of the model gets groups of its own layers
 
         def forward(self: Any, x: Tensor, *args: Any, _index: int = index, **kwargs: Any) -> Tensor:
-            y = None if args or kwargs else self.fused_group.call(_index, x, loops)
+            y = None if args or kwargs else self.fused_group.call(_index, x, loops, tiles)
             return type(self).forward(self, x, *args, **kwargs) if y is None else y  # type: ignore[no-any-return]
 
         layer.forward = types.MethodType(forward, layer)

@@ -5,6 +5,7 @@ Known by what they compute, whatever their class: Llama's, Qwen's, Mistral's, Ge
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_fused.lora import Member, compute_dtype, forward, infer, into_ab, into_h, into_x, matrices, members_of, output_dtype
+from qlora_fused.lora import (
+    Member,
+    compute_dtype,
+    forward,
+    infer,
+    into_ab,
+    into_h,
+    into_x,
+    matrices,
+    members_of,
+    output_dtype,
+    tiled,
+)
 
 __all__ = ["ACTIVATIONS", "activation_of", "fuse_mlp"]
 
@@ -70,10 +83,15 @@ class FusedMLP(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, members: Sequence[Member], activation: str, loops: Any, *ab: Tensor) -> Tensor:
         """Compute y (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
+        ctx.members, ctx.activation, ctx.loops, ctx.tiled = members, activation, loops, False
+        if (adapters := _tiled(flat, members, activation, loops, ab)) is not None:
+            y, kept = members[0].tiles.mlp(flat, *adapters, functools.partial(gated, activation=activation, loops=loops))
+            ctx.tiled = True
+            ctx.save_for_backward(flat, *kept, *ab)
+            return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
         wide, narrow = _split(ab)
         (gate, up), h = forward(flat, members[:2], *matrices(wide, members[:2], x.dtype))
         (y,), h_down = forward(gated(gate, up, activation, loops), members[2:], *matrices(narrow, members[2:], x.dtype))
-        ctx.members, ctx.activation, ctx.loops = members, activation, loops
         ctx.save_for_backward(flat, gate, up, h, h_down, *ab)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -82,9 +100,17 @@ class FusedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, of all A and of all B."""
         x, gate, up, h, h_down, *ab = ctx.saved_tensors
+        flat = [dy.reshape(-1, dy.shape[-1])]
+        if ctx.tiled:
+            adapters = _tiled(x, ctx.members, ctx.activation, ctx.loops, ab)
+            back = functools.partial(gated_backward, activation=ctx.activation, loops=ctx.loops)
+            tiles, kept = ctx.members[0].tiles, (gate, up, h, h_down)
+            found = tiles.mlp_backward(flat[0], x, kept, *adapters, back, into_x=ctx.needs_input_grad[0])
+            dx, (da, da_up, db, db_up), (da_down, db_down) = found
+            dx = None if dx is None else dx.view(*dy.shape[:-1], -1)
+            return dx, None, None, None, da, da_up, da_down, db, db_up, db_down
         wide, narrow = _split(ab)
         members, down = ctx.members[:2], ctx.members[2:]
-        flat = [dy.reshape(-1, dy.shape[-1])]
         a, b = matrices(narrow, down, x.dtype)
         dh = into_h(flat, b)
         product, *both = gated_backward(into_x(flat, dh, down, a), gate, up, ctx.activation, ctx.loops)
@@ -97,9 +123,22 @@ class FusedMLP(torch.autograd.Function):
         return dx, None, None, None, da, da_up, da_down, db, db_up, db_down
 
 
+def _tiled(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab: Sequence[Tensor]) -> Any:
+    """Return the Adapters of gate and up, and of down, where products by tiles are to be had for x (rows, in), else None."""
+    if loops is None or activation not in loops.GATES:
+        return None  # (blocks are for loops, to which one element is like the other)
+    wide, narrow = _split(ab)
+    found = tiled(x, members[:2], wide), tiled(x, members[2:], narrow)
+    return None if found[0] is None or found[1] is None else found
+
+
 def _infer(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab: Sequence[Tensor]) -> Tensor:
     wide, narrow = _split(ab)
-    gate, up = infer(x.reshape(-1, x.shape[-1]), members[:2], wide)
+    flat = x.reshape(-1, x.shape[-1])
+    if (adapters := _tiled(flat, members, activation, loops, ab)) is not None:
+        y, _ = members[0].tiles.mlp(flat, *adapters, functools.partial(gated, activation=activation, loops=loops))
+        return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+    gate, up = infer(flat, members[:2], wide)
     (y,) = infer(gated(gate, up, activation, loops), members[2:], narrow)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -120,14 +159,14 @@ def activation_of(module: torch.nn.Module) -> str | None:
     return None
 
 
-def fuse_mlp(module: Any, activation: str, loops: Any = None) -> None:
+def fuse_mlp(module: Any, activation: str, loops: Any = None, tiles: Any = None) -> None:
     """Let *module*, with `fusible` gate_proj, up_proj and down_proj, compute as one function where no dropout forbids it."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         layers = [self.gate_proj, self.up_proj, self.down_proj]
         # hooks: with them PEFT tells each layer which adapter a row of the batch is for
         hooked = any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
-        found = None if hooked else members_of(layers, loops)
+        found = None if hooked else members_of(layers, loops, tiles)
         if found is None or any(member.dropout for member in found[0]):
             return type(self).forward(self, x)  # type: ignore[no-any-return]
         dtype = compute_dtype(x, self.gate_proj)

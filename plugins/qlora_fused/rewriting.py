@@ -18,6 +18,7 @@ from qlora_core.packed import at_rest
 from qlora_core.training.cross_entropy import LOSSES_OF_LOGITS
 from qlora_fused import has_liger
 from qlora_fused.blockwise import BLOCKWISE, COMPILED, attention
+from qlora_fused.cpu import has_amx
 from qlora_fused.lora import fuse_group, fusible, output_dtype
 from qlora_fused.mlp import activation_of, fuse_mlp
 from qlora_fused.norms import fuse_layer_norm, fuse_rms_norm, rms_norm_of
@@ -37,10 +38,11 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     base = base_of(model)
     done: Counter[str] = Counter()
     loops = _loops() if options.compiled and base.device.type == "cpu" else None
+    tiles = _tiles() if options.tiles and loops is not None else None
     layers = [module for module in base.modules() if fusible(module)]
     if options.linear:
         for group in _sharing_inputs(base, layers) if layers else []:
-            fuse_group(group, loops)
+            fuse_group(group, loops, tiles)
         done["LoRA layers"] = len(layers)
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer) and not fusible(module):
@@ -50,7 +52,7 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
 
         done["modules of liger-kernel"] = use_liger(base)
     if not done["modules of liger-kernel"]:
-        _between_products(base, options, loops, done, lora=bool(layers))
+        _between_products(base, options, loops, tiles, done, lora=bool(layers))
     if options.attention:
         done["attention"] = _attention(base, loops)
     if options.loss and loops is not None:
@@ -64,9 +66,9 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
         logger.debug("kernels fused: %s has no %s of the kind that is replaced", type(base).__name__, ", ".join(missing))
 
 
-def _between_products(base: Any, options: FusedOptions, loops: Any, done: Counter[str], *, lora: bool) -> None:
+def _between_products(base: Any, options: FusedOptions, loops: Any, tiles: Any, done: Counter[str], *, lora: bool) -> None:
     if options.mlp:
-        done["MLPs"] = _mlps(base, loops)
+        done["MLPs"] = _mlps(base, loops, tiles)
     if options.norm and lora:
         done["norms"] = _norms(base, loops)
     if options.rotary:
@@ -92,6 +94,15 @@ def _loops() -> Any:
         logger.debug("kernels fused: loops are not compiled: torch's threads are not to be had here")
         return None
     return loops
+
+
+def _tiles() -> Any:
+    """Return the module of products by tiles, or None where the CPU has no units for them."""
+    if not has_amx():
+        return None
+    from qlora_fused import tiled_lora
+
+    return tiled_lora
 
 
 def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> list[list[Any]]:
@@ -124,7 +135,7 @@ def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> li
     return [*good, *([layer] for layer in layers if layer not in grouped)]
 
 
-def _mlps(base: torch.nn.Module, loops: Any) -> int:
+def _mlps(base: torch.nn.Module, loops: Any, tiles: Any = None) -> int:
     count = 0
     for module in base.modules():
         parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -133,7 +144,7 @@ def _mlps(base: torch.nn.Module, loops: Any) -> int:
             continue
         activation = activation_of(act)
         if activation is not None and len(list(module.children())) == 4 and _is_gated(module):
-            fuse_mlp(module, activation, loops)
+            fuse_mlp(module, activation, loops, tiles)
             count += 1
     return count
 

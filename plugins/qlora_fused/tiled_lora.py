@@ -1,0 +1,211 @@
+"""LoRA on frozen linear layers, and gated MLPs, as chains of products on the CPU's units for tiles (AMX). Imports numba.
+
+The same functions as in `lora` and `mlp`, which serve where these don't: for other dtypes and sizes, and on other CPUs. Sums
+are rounded once, products for gradients of A and B not at all, and nothing is written that the next product could make in the
+cache: unpacked weights are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor
+
+from qlora_fused.fourbit import Packed
+from qlora_fused.tiled import Chain, Right, in_blocks
+
+if TYPE_CHECKING:
+    from qlora_fused.lora import Member
+
+__all__ = ["Adapters", "Gated", "adapters_of", "linear", "linear_backward", "mlp", "mlp_backward"]
+
+Gated = Callable[..., Any]
+
+
+class Adapters:
+    """A and B of layers that share their input, in bfloat16, side by side: h = x A^T (rows, ranks) is one product for all.
+
+    *ranks* is their sum, filled up to a multiple of 32. B (out_i, ranks) of a layer, times its scale, is zero but for its own.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], a: Sequence[Tensor], b: Sequence[Tensor], packed: Sequence[Packed | None]
+    ) -> None:
+        self.members, self.packed = members, packed
+        self.sizes = [len(part) for part in a]
+        spare = 16 if any(rank % 16 for rank in self.sizes) else 0  # products take 16 rows, also from the last rank on
+        self.ranks = -(-(sum(self.sizes) + spare) // 32) * 32
+        self.offsets = [sum(self.sizes[:n]) for n in range(len(a))]
+        self.sources = (a, b)
+        self.a = torch.empty(self.ranks, a[0].shape[1], dtype=torch.bfloat16)
+        self.b = [torch.empty(len(part), self.ranks, dtype=torch.bfloat16) for part in b]
+
+    def copy(self, chain: Chain) -> None:
+        """Let *chain* fill A and B."""
+        ends = [*self.offsets[1:], self.ranks]
+        parts = zip(self.members, *self.sources, self.b, self.offsets, ends, strict=True)
+        for member, a, b, into, offset, end in parts:
+            chain.copy(self.a[offset:end], a)
+            chain.copy(into, b, member.scale, column=offset)
+
+    def weight(self, n: int, *, transposed: bool = False) -> Right:
+        """Return Q(W) of the *n*-th layer, (out, in)."""
+        weight: Any = self.members[n].layer.weight
+        if (packed := self.packed[n]) is not None:
+            return Right.packed(packed, weight.quant_state.shape, transposed=transposed)
+        return Right.plain(weight.detach().to(torch.bfloat16).contiguous(), transposed=transposed)
+
+    def h(self, chain: Chain, x: Tensor, turned: Tensor) -> Tensor:
+        """Let *chain* compute h (rows, ranks), returned, and the transposed of it."""
+        h = torch.empty(turned.shape[::-1], dtype=torch.bfloat16)
+        return chain.product(h, (x, Right.plain(self.a, transposed=True)), turned=turned)
+
+    def y(self, chain: Chain, out: Tensor, n: int, x: Tensor, h: Tensor) -> Tensor:
+        """Let *chain* compute the output of the *n*-th layer."""
+        bias = self.members[n].layer.bias
+        summands = (x, self.weight(n, transposed=True)), (h, Right.plain(self.b[n], transposed=True))
+        return chain.product(out, *summands, bias=None if bias is None else bias.detach().float())  # type: ignore[operator]
+
+    def dh(self, chain: Chain, dys: Sequence[Tensor], turned: Tensor) -> Tensor:
+        """Let *chain* compute the gradient of h, and the transposed of it."""
+        dh = torch.empty(turned.shape[::-1], dtype=torch.bfloat16)
+        return chain.product(dh, *((dy, Right.plain(b)) for dy, b in zip(dys, self.b, strict=True)), turned=turned)
+
+    def dx(self, chain: Chain, out: Tensor, dys: Sequence[Tensor], dh: Tensor | None, addend: Tensor | None = None) -> Tensor:
+        """Let *chain* compute the gradient of x; *addend*, float32, stands for what comes through A where *dh* is None."""
+        summands = [(dy, self.weight(n)) for n, dy in enumerate(dys)]
+        if dh is not None:
+            summands.append((dh, Right.plain(self.a)))
+        return chain.product(out, *summands, addend=addend)
+
+    def da(self, chain: Chain, x: Tensor, dh_turned: Tensor) -> list[Tensor]:
+        """Let *chain* compute the gradients of all A, float32."""
+        total = sum(self.sizes)
+        da = torch.empty(-(-total // 16) * 16, self.a.shape[1])
+        chain.product(da, (dh_turned, Right.plain(x)))
+        return list(da[:total].split(self.sizes))
+
+    def db(self, chain: Chain, dys: Sequence[Tensor], h_turned: Tensor) -> list[Tensor]:
+        """Let *chain* compute the gradients of all B, float32."""
+        parts = zip(self.members, dys, self.b, self.sizes, self.offsets, strict=True)
+        return [
+            chain.product_t(torch.empty(len(b), rank), h_turned[offset:], Right.plain(dy), member.scale)
+            for member, dy, b, rank, offset in parts
+        ]
+
+
+def adapters_of(x: Tensor, members: Sequence[Member], a: Sequence[Tensor], b: Sequence[Tensor]) -> Adapters | None:
+    """Return those of *members* where tiles can compute them with x (rows, in), else None."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not len(x) or any(member.loops is None for member in members):
+        return None
+    layers: list[Any] = [member.layer for member in members]
+    packed = [Packed.of(layer) if isinstance(layer, Linear4bit) else None for layer in layers]
+    if all(_fits(layer, weight) for layer, weight in zip(layers, packed, strict=True)):
+        return Adapters(members, a, b, packed)
+    return None
+
+
+def _fits(layer: Any, packed: Packed | None) -> bool:
+    """Return whether the weight of *layer* is known and of a size that tiles take."""
+    if isinstance(layer, Linear4bit):
+        return packed is not None and packed.numbers[2] % 64 == 0 and layer.weight.quant_state.shape[0] % 32 == 0
+    return layer.weight.device.type == "cpu" and all(size % 32 == 0 for size in layer.weight.shape)
+
+
+def _turned(rows: int, adapters: Adapters) -> Tensor:
+    return torch.empty(adapters.ranks, rows, dtype=torch.bfloat16)
+
+
+def _even(x: Tensor) -> Tensor:
+    """Return *x* with contiguous rows, and as many of zeros below as make them a multiple of 32."""
+    spare = -len(x) % 32
+    return F.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()
+
+
+def linear(x: Tensor, adapters: Adapters, seen: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """Return y_i (rows, out_i), and h transposed, which the gradients need. x: (rows, in); *seen* is x after dropout."""
+    rows, x = len(x), _even(x)
+    chain, h_turned = Chain(), _turned(len(x), adapters)
+    adapters.copy(chain)
+    h = adapters.h(chain.then(), x if seen is None else _even(seen), h_turned)
+    chain.then()
+    ys = [adapters.y(chain, x.new_empty(len(x), len(b)), n, x, h)[:rows] for n, b in enumerate(adapters.b)]
+    chain.run()
+    return ys, h_turned
+
+
+def linear_backward(
+    dys: Sequence[Tensor], x: Tensor, h_turned: Tensor, adapters: Adapters, kept: Tensor | None = None, *, into_x: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the gradient of x (rows, in), or None, and those of all A and then of all B.
+
+    *kept* is the mask of dropout over 1 - p.
+    """
+    rows, dys = len(x), [_even(dy) for dy in dys]
+    seen = _even(x if kept is None else x * kept)
+    chain, dh_turned = Chain(), _turned(len(seen), adapters)
+    adapters.copy(chain)
+    dh = adapters.dh(chain.then(), dys, dh_turned)
+    db = adapters.db(chain, dys, h_turned)
+    da = adapters.da(chain.then(), seen, dh_turned)
+    out = torch.empty_like(seen)
+    if into_x and kept is not None:
+        through = torch.empty(out.shape)
+        chain.product(through, (dh, Right.plain(adapters.a)))
+        chain.run()
+        chain = Chain()
+        through[:rows].mul_(kept)
+        adapters.dx(chain, out, dys, None, through)
+    elif into_x:
+        adapters.dx(chain, out, dys, dh)
+    chain.run()
+    return out[:rows] if into_x else None, [*da, *db]
+
+
+def mlp(x: Tensor, wide: Adapters, narrow: Adapters, gated: Gated) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return y (rows, in), and what the gradients need: gate and up in blocks, and both h, transposed."""
+    given, x = len(x), _even(x)
+    rows, columns = len(x), len(wide.b[0])
+    chain, h_turned, down_turned = Chain(), _turned(rows, wide), _turned(rows, narrow)
+    wide.copy(chain)
+    narrow.copy(chain)
+    h = wide.h(chain.then(), x, h_turned)
+    chain.then()
+    gate, up = (wide.y(chain, in_blocks(rows, columns), n, x, h) for n in (0, 1))
+    chain.run()
+    product = gated(gate, up)
+    chain = Chain()
+    h = narrow.h(chain, product, down_turned)
+    y = narrow.y(chain.then(), torch.empty_like(x), 0, product, h)
+    chain.run()
+    return y[:given], (gate, up, h_turned, down_turned)
+
+
+def mlp_backward(
+    dy: Tensor, x: Tensor, kept: Sequence[Tensor], wide: Adapters, narrow: Adapters, gated_backward: Gated, *, into_x: bool
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """Return the gradient of x, or None, those of A and B of gate and up, all A first, and those of down."""
+    gate, up, h_turned, down_turned = kept
+    given, x, dy = len(x), _even(x), _even(dy)
+    chain, dh_turned = Chain(), _turned(len(x), narrow)
+    narrow.copy(chain)
+    wide.copy(chain)
+    dh = narrow.dh(chain.then(), [dy], dh_turned)
+    db_down = narrow.db(chain, [dy], down_turned)
+    d_product = narrow.dx(chain.then(), torch.empty_like(gate), [dy], dh)
+    chain.run()
+    product, *both = gated_backward(d_product, gate, up)
+    chain = Chain()
+    down = [*narrow.da(chain, product, dh_turned), *db_down]
+    dh_turned = _turned(len(x), wide)
+    db = wide.db(chain, both, h_turned)
+    dh = wide.dh(chain, both, dh_turned)
+    chain.then()
+    dx = wide.dx(chain, torch.empty_like(x), both, dh) if into_x else None
+    da = wide.da(chain, x, dh_turned)
+    chain.run()
+    return None if dx is None else dx[:given], [*da, *db], down
