@@ -3,7 +3,8 @@
 The forward pass is torch's. Nothing is saved but what it was given: the backward pass makes probabilities again, for a block of
 queries at a time and without the keys that come after it, so memory grows with the length, not with its square. Scores are
 float32, and heads that share keys share the products. Registered in transformers as the attention `blockwise`, and as
-`blockwise_compiled` with a compiled loop for the gradient of the softmax; what it does not apply to goes to `sdpa`.
+`blockwise_compiled` with a compiled loop for the gradient of the softmax, and as `blockwise_tiled`, where both passes are made
+by `tiled_attention` if it applies; what no way applies to goes to `sdpa`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_fused.cpu import has_amx
 
-__all__ = ["BLOCKWISE", "COMPILED", "attention"]
+__all__ = ["BLOCKWISE", "COMPILED", "TILED", "attention"]
 
-BLOCKWISE, COMPILED = "blockwise", "blockwise_compiled"
+BLOCKWISE, COMPILED, TILED = "blockwise", "blockwise_compiled", "blockwise_tiled"
 ROWS, ROWS_OF_AMX = 128, 256  # of queries in a block; measured: more are quicker where products are, and skip less
 
 
@@ -29,10 +30,16 @@ class Blockwise(torch.autograd.Function):
     """softmax(scale * q k^T) v with a causal mask."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, loops: Any = None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, loops: Any = None, tiles: Any = None) -> Tensor:
         """q: (B, H, T, d), k: (B, K, T, d), v: (B, K, T, dv), H a multiple of K; return (B, T, H, dv)."""
-        ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.loops = scale, loops if loops is not None and q.dtype in loops.DTYPES else None
+        found = None if tiles is None else tiles.attend(q, k, v, scale)
+        ctx.tiles = None if found is None else tiles
+        if found is not None:
+            out, sums = found
+            ctx.save_for_backward(q, k, v, sums)
+            return out  # type: ignore[no-any-return]
+        ctx.save_for_backward(q, k, v)
         width, shared = max(q.shape[-1], v.shape[-1]), q.shape[1] != k.shape[1]
         # of one width: otherwise torch keeps all probabilities
         even = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
@@ -43,6 +50,9 @@ class Blockwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k and v."""
+        if ctx.tiles is not None:
+            q, k, v, sums = ctx.saved_tensors
+            return *ctx.tiles.attend_backward(do.to(q.dtype).contiguous(), q, k, v, ctx.scale, sums), None, None, None
         q, k, v = ctx.saved_tensors
         (batch, heads, length, width), shared = q.shape, k.shape[1]
         pairs, share = batch * shared, heads // shared
@@ -62,7 +72,7 @@ class Blockwise(torch.autograd.Function):
             dq[:, :, start:end] = _products(ds, k[:, :end]).view(pairs, share, end - start, width)
             dk[:, :end] += _products(ds.transpose(1, 2), queries)
         dk, dv = (grad.to(q.dtype).view(batch, shared, length, -1) for grad in (dk, dv))
-        return dq.view(batch, -1, length, width), dk, dv, None, None
+        return dq.view(batch, -1, length, width), dk, dv, None, None, None
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
@@ -116,7 +126,14 @@ def _softmax_backward(scores: Tensor, dp: Tensor, start: int, scale: float, loop
 
 
 def attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, loops: Any = None, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    loops: Any = None,
+    tiles: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the output (B, T, H, dv) of attention; query (B, H, T, d), key (B, K, T, d) and value (B, K, T, dv)."""
     causal = kwargs.get("is_causal")
@@ -131,4 +148,4 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast("cpu", enabled=False):  # which would round the scores
-        return Blockwise.apply(query, key, value, scale, loops), None  # type: ignore[no-untyped-call]
+        return Blockwise.apply(query, key, value, scale, loops, tiles), None  # type: ignore[no-untyped-call]

@@ -5,7 +5,6 @@ Known by what they compute, whatever their class: Llama's, Qwen's, Mistral's, Ge
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -84,8 +83,8 @@ class FusedMLP(torch.autograd.Function):
         """Compute y (..., in)."""
         flat = x.reshape(-1, x.shape[-1])
         ctx.members, ctx.activation, ctx.loops, ctx.tiled = members, activation, loops, False
-        if (adapters := _tiled(flat, members, activation, loops, ab)) is not None:
-            y, kept = members[0].tiles.mlp(flat, *adapters, functools.partial(gated, activation=activation, loops=loops))
+        if (adapters := _tiled(flat, members, activation, ab)) is not None:
+            y, kept = members[0].tiles.mlp(flat, *adapters, activation)
             ctx.tiled = True
             ctx.save_for_backward(flat, *kept, *ab)
             return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
@@ -102,10 +101,9 @@ class FusedMLP(torch.autograd.Function):
         x, gate, up, h, h_down, *ab = ctx.saved_tensors
         flat = [dy.reshape(-1, dy.shape[-1])]
         if ctx.tiled:
-            adapters = _tiled(x, ctx.members, ctx.activation, ctx.loops, ab)
-            back = functools.partial(gated_backward, activation=ctx.activation, loops=ctx.loops)
+            adapters = _tiled(x, ctx.members, ctx.activation, ab)
             tiles, kept = ctx.members[0].tiles, (gate, up, h, h_down)
-            found = tiles.mlp_backward(flat[0], x, kept, *adapters, back, into_x=ctx.needs_input_grad[0])
+            found = tiles.mlp_backward(flat[0], x, kept, *adapters, ctx.activation, into_x=ctx.needs_input_grad[0])
             dx, (da, da_up, db, db_up), (da_down, db_down) = found
             dx = None if dx is None else dx.view(*dy.shape[:-1], -1)
             return dx, None, None, None, da, da_up, da_down, db, db_up, db_down
@@ -123,10 +121,10 @@ class FusedMLP(torch.autograd.Function):
         return dx, None, None, None, da, da_up, da_down, db, db_up, db_down
 
 
-def _tiled(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab: Sequence[Tensor]) -> Any:
+def _tiled(x: Tensor, members: Sequence[Member], activation: str, ab: Sequence[Tensor]) -> Any:
     """Return the Adapters of gate and up, and of down, where products by tiles are to be had for x (rows, in), else None."""
-    if loops is None or activation not in loops.GATES:
-        return None  # (blocks are for loops, to which one element is like the other)
+    if members[0].loops is None or activation not in members[0].loops.GATES:
+        return None
     wide, narrow = _split(ab)
     found = tiled(x, members[:2], wide), tiled(x, members[2:], narrow)
     return None if found[0] is None or found[1] is None else found
@@ -135,8 +133,8 @@ def _tiled(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab
 def _infer(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab: Sequence[Tensor]) -> Tensor:
     wide, narrow = _split(ab)
     flat = x.reshape(-1, x.shape[-1])
-    if (adapters := _tiled(flat, members, activation, loops, ab)) is not None:
-        y, _ = members[0].tiles.mlp(flat, *adapters, functools.partial(gated, activation=activation, loops=loops))
+    if (adapters := _tiled(flat, members, activation, ab)) is not None:
+        y, _ = members[0].tiles.mlp(flat, *adapters, activation)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
     gate, up = infer(flat, members[:2], wide)
     (y,) = infer(gated(gate, up, activation, loops), members[2:], narrow)

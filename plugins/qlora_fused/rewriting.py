@@ -17,7 +17,7 @@ from qlora_core.attention import base_of
 from qlora_core.packed import at_rest
 from qlora_core.training.cross_entropy import LOSSES_OF_LOGITS
 from qlora_fused import has_liger
-from qlora_fused.blockwise import BLOCKWISE, COMPILED, attention
+from qlora_fused.blockwise import BLOCKWISE, COMPILED, TILED, attention
 from qlora_fused.cpu import has_amx
 from qlora_fused.lora import fuse_group, fusible, output_dtype
 from qlora_fused.mlp import activation_of, fuse_mlp
@@ -54,7 +54,7 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
     if not done["modules of liger-kernel"]:
         _between_products(base, options, loops, tiles, done, lora=bool(layers))
     if options.attention:
-        done["attention"] = _attention(base, loops)
+        done["attention"] = _attention(base, loops, tiles is not None)
     if options.loss and loops is not None:
         done["loss"] = _losses(base, loops)
     if options.keep_pages and base.device.type == "cpu":
@@ -205,11 +205,15 @@ def _losses(base: transformers.PreTrainedModel, loops: Any) -> int:
     return 1
 
 
-def _attention(base: transformers.PreTrainedModel, loops: Any) -> int:
+def _attention(base: transformers.PreTrainedModel, loops: Any, tiled: bool) -> int:
     if base.device.type != "cpu" or base.config._attn_implementation != "sdpa" or not base._can_set_attn_implementation():
         return 0
-    name = BLOCKWISE if loops is None else COMPILED
-    transformers.AttentionInterface.register(name, functools.partial(attention, loops=loops))
+    name, tiles = BLOCKWISE if loops is None else COMPILED, None
+    if tiled:
+        from qlora_fused import tiled_attention as tiles
+
+        name = TILED
+    transformers.AttentionInterface.register(name, functools.partial(attention, loops=loops, tiles=tiles))
     AttentionMaskInterface.register(name, sdpa_mask)
     base.set_attn_implementation(name)
     return 1

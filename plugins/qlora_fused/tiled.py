@@ -22,20 +22,23 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from qlora_fused.fourbit import Packed
-from qlora_fused.jit import I64, Loop, elements, floats, numbers, put, real, take
+from qlora_fused.gates import CONSTANTS, gate, gate_backward
+from qlora_fused.jit import I64, INLINE, Loop, elements, floats, numbers, put, real, take
 from qlora_fused.panels import COLUMNS, FOURBIT, FOURBIT_T, PLAIN, PLAIN_T, make_panel
 from qlora_fused.tiles import TILE, clear, configure, load, multiply, release, room, round_to, store
 
 __all__ = ["Chain", "Right", "in_blocks"]
 
 COPY, PRODUCT = range(2)
+GATED, GATED_BACK = 1, 2
 ROUNDED, SINGLE, SINGLE_T = range(3)
 """How a product is written: as bfloat16, as float32, or the transposed of it as float32."""
-SUMMANDS, SUMMAND = 21, 20  # where a product's summands begin, and how many numbers each has
+SUMMANDS, SUMMAND = 30, 20  # where a product's summands begin, and how many numbers each has
 PANELS = 2**20  # bytes of panels that are worked on at a time: they stay in L2
 STEPS = 128  # times 32 of the sum that are made at a time: more would leave no room for panels
 SHARES = 3  # parts, at least, that a thread gets of a product
 ZERO = np.float32(0)
+UNGATED = (0,) * 9
 UNPACKED = (0,) * 9  # where a packed weight has the numbers of a Packed
 
 
@@ -75,45 +78,87 @@ def _copy(a: Any, step: Any) -> None:
 
 
 @njit(error_model="numpy")
-def _square(a: Any, step: Any, row: Any, column: Any, panel: Any) -> None:
-    """Leave 32 rows of a product from *row* on, for the columns of *panel*, which begins at *column*, in tiles 0 to 3."""
+def _begin(a: Any, step: Any, row: Any, column: Any) -> None:
+    """Set tiles 0 to 3 to what a product of 32 rows and columns is added to."""
     at = numbers(a)
-    if at[step + 16] != 0:
-        stride = 4 * at[step + 7]
-        addend = at[step + 16] + row * stride + 4 * column
-        load(0, addend, stride)
-        load(1, addend + 64, stride)
-        if row + 16 < at[step + 5]:
-            load(2, addend + 16 * stride, stride)
-            load(3, addend + 16 * stride + 64, stride)
-    else:
+    if at[step + 16] == 0:
         clear(0)
         clear(1)
         clear(2)
         clear(3)
-    for n in range(at[step + 20]):
-        part = step + SUMMANDS + n * SUMMAND
-        stride, ahead, steps = at[part + 1], at[part + 3], at[part + 5]
-        upper = at[part] + row // 32 * at[part + 2]
-        lower = upper + 16 * stride
-        if row + 16 < at[step + 5]:
-            for k in range(steps):
-                load(4, upper + ahead * k, stride)
-                load(6, panel + 2 * TILE * k, 64)
-                load(5, lower + ahead * k, stride)
-                load(7, panel + 2 * TILE * k + TILE, 64)
-                multiply(0, 4, 6)
-                multiply(1, 4, 7)
-                multiply(2, 5, 6)
-                multiply(3, 5, 7)
-        else:
-            for k in range(steps):
-                load(4, upper + ahead * k, stride)
-                load(6, panel + 2 * TILE * k, 64)
-                load(7, panel + 2 * TILE * k + TILE, 64)
-                multiply(0, 4, 6)
-                multiply(1, 4, 7)
-        panel += 2 * TILE * steps
+        return
+    stride = 4 * at[step + 7]
+    addend = at[step + 16] + row * stride + 4 * column
+    load(0, addend, stride)
+    load(1, addend + 64, stride)
+    if row + 16 < at[step + 5]:
+        load(2, addend + 16 * stride, stride)
+        load(3, addend + 16 * stride + 64, stride)
+
+
+@njit(error_model="numpy")
+def _gate(a: Any, step: Any, line: Any, there: Any, sums: Any) -> None:
+    """Gate a line of the block *there*, or two going back; *sums* are what products gave for it."""
+    at = numbers(a)
+    c0, c1 = real(at[step + 22]), real(at[step + 23])
+    if at[step + 21] == GATED:
+        gate(sums + 128 * line, sums + 4096 + 128 * line, at[step + 26] + there + 64 * line, c0, c1)
+        return
+    for row in range(2 * line, 2 * line + 2):
+        here, out = there + 64 * row, at[step + 26] + there + 64 * row
+        gates, ups = at[step + 24] + here, at[step + 25] + here
+        gate_backward(sums + 128 * row, gates, ups, out, at[step + 27] + here, at[step + 28] + here, c0, c1)
+
+
+@njit(error_model="numpy")
+def _square(a: Any, step: Any, part: Any, row: Any, panel: Any, done: Any, end: Any, there: Any, before: Any) -> Any:
+    """Add 32 rows of a summand from *row* on, times *panel*, to tiles 0 to 3.
+
+    While these are busy, lines *done* to *end* of the block before are gated, as `_gate` has it; return which are done.
+    """
+    at = numbers(a)
+    stride, ahead, steps = at[part + 1], at[part + 3], at[part + 5]
+    upper = at[part] + row // 32 * at[part + 2]
+    lower = upper + 16 * stride
+    if row + 16 < at[step + 5]:
+        for k in range(steps):
+            load(4, upper + ahead * k, stride)
+            load(6, panel + 2 * TILE * k, 64)
+            load(5, lower + ahead * k, stride)
+            load(7, panel + 2 * TILE * k + TILE, 64)
+            multiply(0, 4, 6)
+            multiply(1, 4, 7)
+            multiply(2, 5, 6)
+            multiply(3, 5, 7)
+            if done < end:
+                _gate(a, step, done, there, before)
+                done += 1
+    else:
+        for k in range(steps):
+            load(4, upper + ahead * k, stride)
+            load(6, panel + 2 * TILE * k, 64)
+            load(7, panel + 2 * TILE * k + TILE, 64)
+            multiply(0, 4, 6)
+            multiply(1, 4, 7)
+    return done
+
+
+@njit(**INLINE)
+def _keep_square(sums: Any) -> None:
+    store(0, sums, 128)
+    store(1, sums + 64, 128)
+    store(2, sums + 2048, 128)
+    store(3, sums + 2048 + 64, 128)
+
+
+@njit(error_model="numpy")
+def _add_bias(address: Any, column: Any, sums: Any) -> None:
+    if address == 0:
+        return
+    own, bias = floats(sums), floats(address)
+    for i in range(32):
+        for j in range(32):
+            own[32 * i + j] += bias[column + j]
 
 
 @njit(error_model="numpy")
@@ -130,10 +175,7 @@ def _put_square(a: Any, step: Any, row: Any, column: Any, sums: Any) -> None:
             store(2, out + 16 * stride, stride)
             store(3, out + 16 * stride + 64, stride)
         return
-    store(0, sums, 128)
-    store(1, sums + 64, 128)
-    store(2, sums + 2048, 128)
-    store(3, sums + 2048 + 64, 128)
+    _keep_square(sums)
     own = floats(sums)
     if how == SINGLE_T:
         single, factor = floats(at[step + 9]), real(at[step + 18])
@@ -141,11 +183,7 @@ def _put_square(a: Any, step: Any, row: Any, column: Any, sums: Any) -> None:
             for i in range(rows):
                 single[(column + j) * stride + row + i] = own[32 * i + j] * factor
         return
-    if at[step + 17] != 0:
-        bias = floats(at[step + 17])
-        for i in range(32):
-            for j in range(32):
-                own[32 * i + j] += bias[column + j]
+    _add_bias(at[step + 17], column, sums)
     for i in range(rows):
         round_to(out + i * stride, sums + 128 * i)
     if at[step + 14] != 0:
@@ -153,6 +191,35 @@ def _put_square(a: Any, step: Any, row: Any, column: Any, sums: Any) -> None:
         for j in range(32):
             for i in range(rows):
                 put(turned, (column + j) * per_row + row + i, own[32 * i + j])
+
+
+@njit(error_model="numpy")
+def _gated(a: Any, step: Any, row: Any, column: Any, panel: Any, old: Any, there: Any, sums: Any) -> Any:
+    """Compute a block of gate and up, or of the gradient of their product, and gate that before; return where this one is.
+
+    *old* are the sums of the block before, at *there*, 0 for none; *sums* is where those of this block are kept.
+    """
+    at = numbers(a)
+    forward, parts = at[step + 21] == GATED, at[step + 20]
+    sides = 2 if forward else 1
+    lines = 16 * sides if old != 0 else 0
+    done, each = 0, parts // sides
+    this = (row // 32 * (at[step + 7] // COLUMNS) + column // COLUMNS) * 2 * TILE
+    for side in range(sides):
+        _begin(a, step, row, column)
+        for n in range(side * each, (side + 1) * each):
+            part = step + SUMMANDS + n * SUMMAND
+            done = _square(a, step, part, row, panel, done, lines * (side + 1) // sides, there, old)
+            panel += 2 * TILE * at[part + 5]
+        own = sums + 4096 * side
+        _keep_square(own)
+        if forward:
+            _add_bias(at[step + 17 + 12 * side], column, own)
+            for i in range(32):
+                round_to(at[step + 24 + side] + this + 64 * i, own + 128 * i)
+    for line in range(done, lines):
+        _gate(a, step, line, there, old)
+    return this
 
 
 @njit(error_model="numpy")
@@ -171,16 +238,30 @@ def _product(a: Any, step: Any, item: Any, space: Any, sums: Any) -> None:
             part = step + SUMMANDS + n * SUMMAND
             make_panel(a, part + 4, column + panel * COLUMNS, here, scales)
             here += 2 * TILE * at[part + 5]
+    old, there = 0, 0
     for row in range(first, min(rows, first + some), 32):  # of the left matrix, from afar, each once for all panels
         for panel in range(panels):
-            _square(a, step, row, column + panel * COLUMNS, space + panel * size)
-            _put_square(a, step, row, column + panel * COLUMNS, sums)
+            here, own = space + panel * size, column + panel * COLUMNS
+            if at[step + 21] != 0:
+                new = sums if old != sums else sums + 8192
+                there = _gated(a, step, row, own, here, old, there, new)
+                old = new
+                continue
+            _begin(a, step, row, own)
+            for n in range(at[step + 20]):
+                part = step + SUMMANDS + n * SUMMAND
+                _square(a, step, part, row, here, 0, 0, 0, 0)
+                here += 2 * TILE * at[part + 5]
+            _put_square(a, step, row, own, sums)
+    if old != 0:
+        for line in range(32 if at[step + 21] == GATED else 16):
+            _gate(a, step, line, there, old)
 
 
 @Loop
 def _chain(a: Any) -> None:
     at = numbers(a)
-    space, sums, step = at[4] + _own(a) * at[5], room(4096), 6
+    space, sums, step = at[4] + _own(a) * at[5], room(16384), 6
     configure()
     block = take(a)
     while block < at[1]:
@@ -317,14 +398,45 @@ class Chain:
         )
         return out
 
-    def _product(self, rows: int, columns: int, summands: Sequence[Summand], *numbers: Any) -> None:
+    def gated(
+        self, x: Tensor, h: Tensor, rights: Sequence[tuple[Right, Right]], biases: Sequence[Tensor | None], activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x @ right + h @ other + bias of both sides, gate and up, and act(gate) * up, in blocks.
+
+        The last is made of gate and up as they are before they are rounded.
+        """
+        columns = rights[0][0].columns
+        gate, up, out = (in_blocks(len(x), columns) for _ in range(3))
+        parts = [(left, own, 0, own.rows // 32) for pair in rights for left, own in zip((x, h), pair, strict=True)]
+        first, second = (0 if bias is None else bias for bias in biases)
+        gating = (GATED, *CONSTANTS[activation], gate, up, out, 0, 0, second)
+        self._product(len(x), columns, parts, *[0] * 8, first, 1.0, gating=gating)
+        self.alive.append(biases)
+        return gate, up, out
+
+    def gated_backward(
+        self, gate: Tensor, up: Tensor, *summands: tuple[Tensor, Right], activation: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return act(gate) * up, and the gradients of gate and up for that of their product, which *summands* add up to.
+
+        All in blocks; what is summed up is not rounded.
+        """
+        out, d_gate, d_up = (torch.empty_like(gate) for _ in range(3))
+        parts = [(left, right, 0, right.rows // 32) for left, right in summands]
+        gating = (GATED_BACK, *CONSTANTS[activation], gate, up, out, d_gate, d_up, 0)
+        self._product(*_shape(gate), parts, *[0] * 9, 1.0, gating=gating)
+        return out, d_gate, d_up
+
+    def _product(
+        self, rows: int, columns: int, summands: Sequence[Summand], *numbers: Any, gating: Sequence[Any] = UNGATED
+    ) -> None:
         steps = sum(own for *_, own in summands)
         wanted = SHARES * torch.get_num_threads()
         panels = max(1, min(PANELS // (2 * TILE * steps), -(-columns // (COLUMNS * wanted))))
         shares = -(-columns // (COLUMNS * panels))
         cuts = -(-wanted // shares) if shares < torch.get_num_threads() else 1
         some = -(-rows // (32 * cuts)) * 32
-        told = [rows, some, columns, panels, *numbers, steps, len(summands)]
+        told = [rows, some, columns, panels, *numbers, steps, len(summands), *gating]
         for left, right, first, own in summands:
             row, down, ahead = _strides(left)
             told += [left.data_ptr() + first * ahead, row, down, ahead, right.kind, own, first, *right.numbers]

@@ -7,7 +7,7 @@ cache: unpacked weights are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +15,17 @@ import torch.nn.functional as F  # noqa: N812
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
+from qlora_fused.cpu import has_amx
 from qlora_fused.fourbit import Packed
+from qlora_fused.loops import gated, gated_backward
 from qlora_fused.tiled import Chain, Right, in_blocks
 
 if TYPE_CHECKING:
     from qlora_fused.lora import Member
 
-__all__ = ["Adapters", "Gated", "adapters_of", "linear", "linear_backward", "mlp", "mlp_backward"]
+__all__ = ["Adapters", "adapters_of", "linear", "linear_backward", "mlp", "mlp_backward"]
 
-Gated = Callable[..., Any]
+LONGEST = 3000  # inputs and ranks up to which gate and up are made together: at 2,048 it is quicker, at 4,096 slower
 
 
 class Adapters:
@@ -59,6 +61,11 @@ class Adapters:
             return Right.packed(packed, weight.quant_state.shape, transposed=transposed)
         return Right.plain(weight.detach().to(torch.bfloat16).contiguous(), transposed=transposed)
 
+    def bias(self, n: int) -> Tensor | None:
+        """Return the bias of the *n*-th layer, float32."""
+        bias: Any = self.members[n].layer.bias
+        return None if bias is None else bias.detach().float()
+
     def h(self, chain: Chain, x: Tensor, turned: Tensor) -> Tensor:
         """Let *chain* compute h (rows, ranks), returned, and the transposed of it."""
         h = torch.empty(turned.shape[::-1], dtype=torch.bfloat16)
@@ -66,9 +73,8 @@ class Adapters:
 
     def y(self, chain: Chain, out: Tensor, n: int, x: Tensor, h: Tensor) -> Tensor:
         """Let *chain* compute the output of the *n*-th layer."""
-        bias = self.members[n].layer.bias
         summands = (x, self.weight(n, transposed=True)), (h, Right.plain(self.b[n], transposed=True))
-        return chain.product(out, *summands, bias=None if bias is None else bias.detach().float())  # type: ignore[operator]
+        return chain.product(out, *summands, bias=self.bias(n))
 
     def dh(self, chain: Chain, dys: Sequence[Tensor], turned: Tensor) -> Tensor:
         """Let *chain* compute the gradient of h, and the transposed of it."""
@@ -101,6 +107,8 @@ class Adapters:
 def adapters_of(x: Tensor, members: Sequence[Member], a: Sequence[Tensor], b: Sequence[Tensor]) -> Adapters | None:
     """Return those of *members* where tiles can compute them with x (rows, in), else None."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not len(x) or any(member.loops is None for member in members):
+        return None
+    if not has_amx():  # asked again: a model may have been loaded into another process, or on another machine
         return None
     layers: list[Any] = [member.layer for member in members]
     packed = [Packed.of(layer) if isinstance(layer, Linear4bit) else None for layer in layers]
@@ -166,27 +174,29 @@ def linear_backward(
     return out[:rows] if into_x else None, [*da, *db]
 
 
-def mlp(x: Tensor, wide: Adapters, narrow: Adapters, gated: Gated) -> tuple[Tensor, tuple[Tensor, ...]]:
+def mlp(x: Tensor, wide: Adapters, narrow: Adapters, activation: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return y (rows, in), and what the gradients need: gate and up in blocks, and both h, transposed."""
     given, x = len(x), _even(x)
-    rows, columns = len(x), len(wide.b[0])
-    chain, h_turned, down_turned = Chain(), _turned(rows, wide), _turned(rows, narrow)
+    chain, h_turned, down_turned = Chain(), _turned(len(x), wide), _turned(len(x), narrow)
     wide.copy(chain)
     narrow.copy(chain)
     h = wide.h(chain.then(), x, h_turned)
     chain.then()
-    gate, up = (wide.y(chain, in_blocks(rows, columns), n, x, h) for n in (0, 1))
-    chain.run()
-    product = gated(gate, up)
-    chain = Chain()
-    h = narrow.h(chain, product, down_turned)
+    if x.shape[1] + wide.ranks <= LONGEST:
+        rights = [(wide.weight(n, transposed=True), Right.plain(wide.b[n], transposed=True)) for n in (0, 1)]
+        gate, up, product = chain.gated(x, h, rights, [wide.bias(n) for n in (0, 1)], activation)
+    else:
+        gate, up = (wide.y(chain, in_blocks(len(x), len(b)), n, x, h) for n, b in enumerate(wide.b))
+        chain.run()
+        chain, product = Chain(), gated(gate, up, activation)
+    h = narrow.h(chain.then(), product, down_turned)
     y = narrow.y(chain.then(), torch.empty_like(x), 0, product, h)
     chain.run()
     return y[:given], (gate, up, h_turned, down_turned)
 
 
 def mlp_backward(
-    dy: Tensor, x: Tensor, kept: Sequence[Tensor], wide: Adapters, narrow: Adapters, gated_backward: Gated, *, into_x: bool
+    dy: Tensor, x: Tensor, kept: Sequence[Tensor], wide: Adapters, narrow: Adapters, activation: str, *, into_x: bool
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """Return the gradient of x, or None, those of A and B of gate and up, all A first, and those of down."""
     gate, up, h_turned, down_turned = kept
@@ -196,11 +206,15 @@ def mlp_backward(
     wide.copy(chain)
     dh = narrow.dh(chain.then(), [dy], dh_turned)
     db_down = narrow.db(chain, [dy], down_turned)
-    d_product = narrow.dx(chain.then(), torch.empty_like(gate), [dy], dh)
-    chain.run()
-    product, *both = gated_backward(d_product, gate, up)
-    chain = Chain()
-    down = [*narrow.da(chain, product, dh_turned), *db_down]
+    chain.then()
+    if dy.shape[1] + narrow.ranks <= LONGEST:
+        through = (dy, narrow.weight(0)), (dh, Right.plain(narrow.a))
+        product, *both = chain.gated_backward(gate, up, *through, activation=activation)
+    else:
+        d_product = narrow.dx(chain, torch.empty_like(gate), [dy], dh)
+        chain.run()
+        chain, (product, *both) = Chain(), gated_backward(d_product, gate, up, activation)
+    down = [*narrow.da(chain.then(), product, dh_turned), *db_down]
     dh_turned = _turned(len(x), wide)
     db = wide.db(chain, both, h_turned)
     dh = wide.dh(chain, both, dh_turned)

@@ -117,7 +117,8 @@ def room(context: Any, size: Any) -> Any:
     """Return the address of so many bytes on the stack."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        space = cgutils.alloca_once(builder, ir.ArrayType(I8, size.literal_value))
+        with builder.goto_entry_block():  # (numba's own way fills it with zeros, one by one)
+            space = builder.alloca(ir.ArrayType(I8, size.literal_value))
         space.align = 64
         return builder.ptrtoint(space, I64)
 

@@ -27,7 +27,8 @@ from qlora_core.packed import prepare_packed
 from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss
 from qlora_fused import Fused, rewriting
-from qlora_fused.blockwise import COMPILED
+from qlora_fused.blockwise import COMPILED, TILED
+from qlora_fused.cpu import has_amx
 from qlora_peft import LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,6 +49,7 @@ PARTS = {
     "phi": (12, 0, 3, 2),
     "phi3": (8, 0, 5, 2),
 }
+BLOCKS = TILED if has_amx() else COMPILED
 EAGER = {"gemma2"}  # transformers gives it no other attention, for its scores are capped
 WEIGHTS = {"initializer_range": 0.08}  # larger than usual, so that attention matters
 CHANGES: dict[str, dict[str, Any]] = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}
@@ -156,7 +158,7 @@ def test_every_part_is_replaced_that_the_architecture_has(folder_of: Callable[[s
     assert (len(lora), len(mlps), len(norms), len(rest)) == PARTS[architecture]
     assert len(lora) == sum(isinstance(module, LoraLayer) for module in model.modules())
     assert all(isinstance(module.get_base_layer(), Linear4bit) for module in lora)
-    assert base_of(model).config._attn_implementation == ("eager" if architecture in EAGER else COMPILED)
+    assert base_of(model).config._attn_implementation == ("eager" if architecture in EAGER else BLOCKS)
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
@@ -169,7 +171,7 @@ def test_logits_loss_and_gradients_are_those_without_kernels(
     if kind == "packed":
         for model in (plain, fused):
             prepare_packed(model)
-        implementation = COMPILED + (PER_DOCUMENT if architecture != "opt" else "")
+        implementation = BLOCKS + (PER_DOCUMENT if architecture != "opt" else "")
         assert base_of(fused).config._attn_implementation == ("eager" if architecture in EAGER else implementation)
     for train in (True, False):
         wanted, got = (results(model.train(train), batch) for model in (plain, fused))

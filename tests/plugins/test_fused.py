@@ -679,7 +679,7 @@ def replaced(model: Any) -> dict[str, int]:
         "mlp": sum(hasattr(module, "down_proj") for module in own),
         "norm": sum(isinstance(vars(module)["_parameters"].get("weight"), nn.Parameter) for module in own),
         "rotary": sum(hasattr(module, "q_proj") for module in own),
-        "attention": int(base_of(model).config._attn_implementation == blockwise.COMPILED),
+        "attention": int(base_of(model).config._attn_implementation in (blockwise.COMPILED, blockwise.TILED)),
     }
     assert sum(found.values()) - found["attention"] == len(own), [type(module) for module in own]
     return found

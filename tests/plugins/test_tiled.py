@@ -223,7 +223,11 @@ def test_dropout_is_drawn_and_passed_on_as_ever(rows: int, columns: int) -> None
 
 
 @pytest.mark.parametrize(("activation", "rows"), [("silu", 256), ("gelu_tanh", 77)])
-def test_a_gated_mlp_is_as_close_to_float64_as_by_the_usual_products(activation: str, rows: int) -> None:
+@pytest.mark.parametrize("longest", [tiled_lora.LONGEST, 0])
+def test_a_gated_mlp_is_as_close_to_float64_as_by_the_usual_products(
+    activation: str, rows: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled_lora, "LONGEST", longest)  # up to which gates are computed between products
     layers = [layer(64, 192), layer(64, 192, bias=True), layer(192, 64)]
     x, ab = halves(2, rows, 64), adapters(layers, 16)
     act = {"silu": torch.nn.functional.silu, "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh")}
@@ -237,6 +241,27 @@ def test_a_gated_mlp_is_as_close_to_float64_as_by_the_usual_products(activation:
     got = computed(lambda x, *ab: FusedMLP.apply(x, members(layers, tiled_lora), activation, loops, *ab), x, ab)
     for ours, theirs, right in zip(got, usual, wanted, strict=True):
         assert off(ours, right) <= 1.03 * off(theirs, right)
+
+
+@pytest.mark.parametrize("activation", loops.GATES)
+def test_gates_of_numbers_of_any_size_are_those_of_loops(activation: str) -> None:
+    given = halves(64, 64) * 20
+    given[0, :4] = torch.tensor([0.0, 1e30, -60.0, -80.0])
+    eye, nothing, ones = torch.eye(64).bfloat16(), torch.zeros(64, 64).bfloat16(), torch.ones(64, 64).bfloat16()
+    chain = Chain()
+    right = [(Right.plain(given), Right.plain(nothing)), (Right.plain(ones), Right.plain(nothing))]
+    gate, up, product = chain.gated(eye, eye, right, [None, None], activation)
+    chain.run()
+    assert torch.equal(gate, blocks_of(given))
+    torch.testing.assert_close(product, loops.gated(gate, up, activation), rtol=2**-7, atol=1e-20)
+    chain = Chain()
+    got = chain.gated_backward(gate, up, (eye, Right.plain(given)), activation=activation)
+    chain.run()
+    wanted = loops.gated_backward(blocks_of(given), gate, up, activation)
+    for ours, theirs in zip(got, wanted, strict=True):
+        known = theirs.isfinite()  # (the square of 1e30 is not)
+        assert int(known.sum()) >= theirs.numel() - 1
+        torch.testing.assert_close(ours[known], theirs[known], rtol=2**-6, atol=1e-5)
 
 
 def test_without_gradients_the_same_bits_come_out() -> None:
