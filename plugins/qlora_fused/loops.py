@@ -13,7 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from qlora_fused.fourbit import gemv, unpacked
+from qlora_fused.fourbit import ROWS, gemv, unpacked
 from qlora_fused.jit import (
     BLOCK,
     DTYPES,
@@ -36,6 +36,7 @@ from qlora_fused.jit import (
 __all__ = [
     "DTYPES",
     "GATES",
+    "ROWS",
     "cross_entropies",
     "gated",
     "gated_backward",

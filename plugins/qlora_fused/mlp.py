@@ -133,7 +133,8 @@ def _tiled(x: Tensor, members: Sequence[Member], activation: str, ab: Sequence[T
 def _infer(x: Tensor, members: Sequence[Member], activation: str, loops: Any, ab: Sequence[Tensor]) -> Tensor:
     wide, narrow = _split(ab)
     flat = x.reshape(-1, x.shape[-1])
-    if (adapters := _tiled(flat, members, activation, ab)) is not None:
+    few = loops is not None and len(flat) <= loops.ROWS  # of which weights stay packed
+    if not few and (adapters := _tiled(flat, members, activation, ab)) is not None:
         y, _ = members[0].tiles.mlp(flat, *adapters, activation)
         return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
     gate, up = infer(flat, members[:2], wide)

@@ -17,9 +17,9 @@ from qlora_fused.fourbit import scale_of
 from qlora_fused.jit import I64, INLINE, floats, numbers
 from qlora_fused.tiles import BFLOATS, SHORTS, SINGLES, TILE, WORDS, at_address, interleave, shuffled, transpose, transposed
 
-__all__ = ["COLUMNS", "FOURBIT", "FOURBIT_T", "PLAIN", "PLAIN_T", "make_panel"]
+__all__ = ["FOURBIT", "FOURBIT_T", "PLAIN", "PLAIN_T", "WIDE", "make_panel"]
 
-COLUMNS = 32  # of a panel
+WIDE = 32  # of a panel
 PLAIN, PLAIN_T, FOURBIT, FOURBIT_T = range(4)
 """What a right matrix is made of: rows of bfloat16, or packed weights; T: it is the transposed of these."""
 
@@ -104,12 +104,12 @@ def make_panel(a: Any, part: Any, column: Any, panel: Any, scales: Any) -> None:
     stride, down, ahead = at[part + 4], at[part + 5], at[part + 6]
     if kind == PLAIN:
         for k in range(steps):
-            here = source + (first + k) * down + column // COLUMNS * ahead
+            here = source + (first + k) * down + column // WIDE * ahead
             interleave(panel + 2 * TILE * k, here, stride)
             interleave(panel + 2 * TILE * k + TILE, here + 32, stride)
     elif kind == PLAIN_T:
         for k in range(steps):
-            here = source + column // COLUMNS * down + (first + k) * ahead
+            here = source + column // WIDE * down + (first + k) * ahead
             transpose(panel + 2 * TILE * k, here, stride)
             transpose(panel + 2 * TILE * k + TILE, here + 16 * stride, stride)
     elif kind == FOURBIT:
@@ -135,11 +135,11 @@ def _fourbit_t(a: Any, weight: Any, steps: Any, first: Any, column: Any, stride:
     at = numbers(a)
     blocksize, own = at[weight + 2], floats(scales)
     per_row = 2 * stride // blocksize
-    for n in range(COLUMNS):
+    for n in range(WIDE):
         for i in range(32 * first // blocksize, -(-32 * (first + steps) // blocksize)):
-            own[(i - 32 * first // blocksize) * COLUMNS + n] = scale_of(at, weight, (column + n) * per_row + i)
+            own[(i - 32 * first // blocksize) * WIDE + n] = scale_of(at, weight, (column + n) * per_row + i)
     for k in range(0, steps, 2):
-        for n in range(0, COLUMNS, 16):
+        for n in range(0, WIDE, 16):
             here = at[weight] + (column + n) * stride + 16 * (first + k)
-            scale = scales + 4 * ((32 * (first + k) // blocksize - 32 * first // blocksize) * COLUMNS + n)
+            scale = scales + 4 * ((32 * (first + k) // blocksize - 32 * first // blocksize) * WIDE + n)
             _unpack_t(panel + 2 * TILE * k + TILE * n // 16, here, stride, at[weight + 1], scale)

@@ -21,7 +21,7 @@ from process import ChildError
 from settings import Setting
 from verdict import figures
 
-PARTS = ("linear", "attention", "mlp", "norm", "rotary", "compiled", "keep_pages")
+PARTS = ("linear", "attention", "mlp", "norm", "rotary", "compiled", "loss", "keep_pages", "tiles")
 OFF = "kernels={name: fused, " + ", ".join(f"{part}: false" for part in PARTS) + "}"
 
 
@@ -44,7 +44,9 @@ LADDER = (
     Rung("+ norms, float32 residuals", ("kernels.norm=true",)),
     Rung("+ rotary positions", ("kernels.rotary=true",)),
     Rung("+ compiled loops", ("kernels.compiled=true",)),
+    Rung("+ losses in a loop", ("kernels.loss=true",)),
     Rung("+ pages kept", ("kernels.keep_pages=true",)),
+    Rung("+ products by tiles", ("kernels.tiles=true",)),
     Rung("+ full checkpointing", ("training.gradient_checkpointing=true",)),
 )
 

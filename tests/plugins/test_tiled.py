@@ -22,9 +22,9 @@ if importlib.util.find_spec("numba") is None:
 if not has_amx():
     pytest.skip("the CPU has no units for tiles of bfloat16", allow_module_level=True)
 
-from qlora_fused import loops, tiled, tiled_lora
+from qlora_fused import loops, tiled_lora
+from qlora_fused.chains import PANELS, Chain, Right, in_blocks
 from qlora_fused.fourbit import Packed
-from qlora_fused.tiled import Chain, Right, in_blocks
 
 
 def numbers(*size: int, seed: int = 0) -> Tensor:
@@ -306,4 +306,4 @@ def test_a_weight_is_never_written_as_a_matrix() -> None:
         computed(lambda x, *ab: FusedLinear.apply(x, known, *ab), x, ab)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 2048 * 4096  # bytes; Q(W) would be twice as many
-    assert tiled.PANELS < 2048 * 4096
+    assert PANELS < 2048 * 4096
