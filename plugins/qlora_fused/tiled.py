@@ -23,6 +23,7 @@ from qlora_fused.tiles import TILE, clear, configure, load, multiply, release, r
 __all__ = ["run_chain"]
 
 BLOCK = 4 * TILE  # bytes of 32 x 32 float32
+SUMS = 4 * BLOCK
 ZERO = np.float32(0)
 
 # Where the loop's numbers are: how many blocks are done, how many threads have begun, room for each, and the first step
@@ -269,7 +270,7 @@ def _product(a: Any, step: Any, item: Any, space: Any, sums: Any) -> None:
 def run_chain(a: Any) -> None:
     """Do the steps, blocks of one side by side."""
     at = numbers(a)
-    space, sums, step = at[SPACE] + _own(a) * at[SIZE], room(4 * BLOCK), STEP
+    space, sums, step = at[SPACE] + _own(a) * at[SIZE], room(SUMS), STEP
     configure()
     block = take(a)
     while block < at[1]:
