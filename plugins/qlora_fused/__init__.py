@@ -32,7 +32,7 @@ class FusedOptions(ProviderOptions):
     loss: bool = Field(True, description="on the CPU: losses and their gradients in one pass over logits, written over these")
     liger: bool = Field(True, description="on CUDA: norms, MLPs and rotary embeddings of liger-kernel, where it is installed")
     compiled: bool = Field(True, description="on the CPU: what lies between matrix products in loops that numba compiles")
-    tiles: bool = Field(True, description="on CPUs with AMX, with compiled loops: products that unpack weights in the cache")
+    tiles: bool = Field(True, description="on CPUs with AMX, with compiled loops: products, MLPs and attention by tiles")
     keep_pages: bool = Field(True, description="on the CPU: freed memory stays in the process, for the next step to use")
 
 

@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 
 from qlora_fused.jit import floats
 from qlora_fused.lanes import LANES, keep, lanes, operation, product, spread, write
 from qlora_fused.tiles import (
-    BFLOATS,
     SHORTS,
-    SINGLES,
     TILE,
     WORDS,
     at_address,
@@ -26,6 +23,7 @@ from qlora_fused.tiles import (
     interleave,
     load,
     multiply,
+    rounded,
     shuffled,
     store,
     transpose,
@@ -91,10 +89,7 @@ ORDER = [[8 * part + first + n for part in range(4) for n in range(4)] for first
 @operation(types.void, types.int64, LANES, LANES, LANES, LANES)
 def write_pair(builder: Any, address: Any, low: Any, high: Any, next_low: Any, next_high: Any) -> None:
     """Write two rows of 32 float32 as bfloat16, interleaved, to 64 bytes of each of two tiles of a right matrix."""
-    kind = ir.FunctionType(BFLOATS, [SINGLES, SINGLES])
-    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
-    pairs = ([high, low], [next_high, next_low])
-    upper, lower = (builder.bitcast(builder.call(convert, pair), SHORTS) for pair in pairs)
+    upper, lower = rounded(builder, low, high), rounded(builder, next_low, next_high)
     for tile, columns in enumerate(ORDER):
         words = shuffled(builder, upper, lower, [column + row for column in columns for row in (0, 32)])
         builder.store(words, at_address(builder, SHORTS, address, 64 * tile), align=2)

@@ -2,9 +2,9 @@
 
 The forward pass is torch's. Nothing is saved but what it was given: the backward pass makes probabilities again, for a block of
 queries at a time and without the keys that come after it, so memory grows with the length, not with its square. Scores are
-float32, and heads that share keys share the products. Registered in transformers as the attention `blockwise`, and as
-`blockwise_compiled` with a compiled loop for the gradient of the softmax, and as `blockwise_tiled`, where both passes are made
-by `tiled_attention` if it applies; what no way applies to goes to `sdpa`.
+float32, and heads that share keys share the products. Registered in transformers as the attention `blockwise`; as
+`blockwise_compiled` with a compiled loop for the gradient of the softmax; and as `blockwise_tiled` with both passes by
+`tiled_attention`, which saves a number for each query, where that applies. What no way applies to goes to `sdpa`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Blockwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of q, k and v."""
-        if ctx.tiles is not None:
-            q, k, v, sums = ctx.saved_tensors
-            return *ctx.tiles.attend_backward(do.to(q.dtype).contiguous(), q, k, v, ctx.scale, sums), None, None, None
-        q, k, v = ctx.saved_tensors
+        q, k, v, *sums = ctx.saved_tensors
+        found = ctx.tiles.attend_backward(do.to(q.dtype).contiguous(), q, k, v, ctx.scale, *sums) if sums else None
+        if found is not None:
+            return *found, None, None, None
         (batch, heads, length, width), shared = q.shape, k.shape[1]
         pairs, share = batch * shared, heads // shared
         q, k, v = q.reshape(pairs, share, length, width), k.reshape(pairs, length, width), v.reshape(pairs, length, -1)

@@ -23,7 +23,7 @@ from qlora_fused.tiles import TILE
 __all__ = ["Chain", "Right", "in_blocks"]
 
 PANELS = 2**20  # bytes of panels that are worked on at a time: they stay in L2
-STEPS = 128  # times 32 of a sum that are made at a time: more would leave no room for panels
+STEPS = 144  # times 32 of a sum of long rows that are made at a time: more would leave no room for panels
 SHARES = 3  # parts, at least, that a thread gets of a product
 UNPACKED = (0,) * 9  # where a packed weight has the numbers of a Packed
 
@@ -87,6 +87,7 @@ def _cut(parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     room = STEPS
     for left, right, first, steps in parts:
         now = min(room, steps)
+        now -= now % 2 if right.kind == FOURBIT_T and now < steps else 0  # of which two are unpacked at once
         room -= now
         if now:
             some.append((left, right, first, now))
@@ -101,7 +102,8 @@ class Chain:
     def __init__(self) -> None:
         self.steps: list[list[Any]] = []
         self.blocks = self.before = self.space = 0
-        self.alive: list[Any] = []
+        self.sums: dict[tuple[int, int], Tensor] = {}
+        self.alive: list[Part] = []  # addresses are taken before the loop runs; what is in steps lives there
 
     def then(self) -> Chain:
         """Let what follows wait for what is there."""
@@ -112,7 +114,6 @@ class Chain:
         """Write *factor* times *matrix*, float32, to the first rows of *out*, bfloat16, from *column* on; elsewhere zeros."""
         if matrix.dtype != torch.float32 or not matrix.is_contiguous():
             matrix = matrix.detach().float().contiguous()
-        self.alive.append(matrix)
         self._step(1, t.COPY, [matrix, out, float(factor), *matrix.shape, *out.shape, column])
 
     def product(
@@ -131,7 +132,10 @@ class Chain:
         parts, size = _whole(summands), _shape(out)
         while sum(steps for *_, steps in parts) > STEPS:
             some, parts = _cut(parts)
-            sums = torch.empty(size) if addend is None else addend
+            if (sums := addend) is None:
+                if size in self.sums:
+                    self.then()  # that which it was for may not have been read yet
+                sums = self.sums.setdefault(size, torch.empty(size))
             self._product(size, some, {**_written(sums), t.ADDEND: 0 if addend is None else addend})
             self.then()
             addend = sums
@@ -177,6 +181,13 @@ class Chain:
 
     def _product(self, size: tuple[int, int], parts: Sequence[Part], told: Mapping[int, Any]) -> None:
         (rows, columns), steps, wanted = size, sum(own for *_, own in parts), SHARES * torch.get_num_threads()
+        for left, right, *_ in parts:  # beyond what is there nothing must be read
+            if _shape(left)[1] != right.rows:
+                raise ValueError(
+                    f"a left matrix {_shape(left)} has no product with a right one ({right.rows}, {right.columns})"
+                )
+            if right.columns != columns or columns % WIDE or _shape(left)[0] < -(-rows // 16) * 16:
+                raise ValueError(f"products of {_shape(left)} with ({right.rows}, {right.columns}) don't fit into {size}")
         panels = max(1, min(PANELS // (2 * TILE * steps), -(-columns // (WIDE * wanted))))
         shares = -(-columns // (WIDE * panels))
         cuts = -(-wanted // shares) if shares < torch.get_num_threads() else 1
@@ -188,7 +199,7 @@ class Chain:
             numbers += [left.data_ptr() + first * ahead, row, down, ahead, right.kind, own, first, *right.numbers]
         self._step(shares * -(-rows // some), t.PRODUCT, numbers)
         self.space = max(self.space, panels * 2 * TILE * steps + 128 * steps)  # and room for scales
-        self.alive += [told, parts]
+        self.alive += parts
 
     def _step(self, blocks: int, kind: int, numbers: Sequence[Any]) -> None:
         self.steps.append([self.blocks, blocks, 0, kind, self.before, *numbers])

@@ -11,9 +11,5 @@ __all__ = ["has_amx"]
 
 @functools.cache
 def has_amx() -> bool:
-    """Return whether the CPU multiplies tiles of bfloat16 (AMX), rounds to it, and lets this process do both.
-
-    Versions of torch that don't tell count as without.
-    """
-    capable = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capable.get("amx_bf16") and capable.get("avx512_bf16")) and bool(torch.cpu._init_amx())
+    """Return whether the CPU multiplies tiles (AMX) and lets this process do so, which is asked of the system here."""
+    return bool(torch.cpu._is_amx_tile_supported()) and bool(torch.cpu._init_amx())

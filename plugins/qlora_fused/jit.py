@@ -17,9 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import cfunc, njit, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from torch import Tensor
+
+from qlora_fused.cpu import has_amx
 
 __all__ = [
     "BLOCK",
@@ -31,6 +35,7 @@ __all__ = [
     "floats",
     "from_order",
     "get",
+    "has_tiles",
     "integers",
     "numbers",
     "octets",
@@ -45,6 +50,8 @@ __all__ = [
 BLOCK = 2**15  # elements that a thread takes at a time: a few microseconds
 INLINE = {"fastmath": {"contract"}, "inline": "always", "error_model": "numpy"}
 I16, I32, I64, SINGLE = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+FOR_TILES = ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
 
 DTYPES = {torch.bfloat16: types.uint16, torch.float32: types.float32}
 """Of the tensors, with what they are to numba, which does not know bfloat16: the upper half of a float32."""
@@ -84,6 +91,14 @@ def threads() -> Any:
         return None
     entry.argtypes, entry.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     return entry
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Return whether loops may use tiles: the CPU has them, and numba compiles for them and knows them (0.62, of LLVM 20)."""
+    features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+    known = llvm_version_info[0] >= 20 and {f"+{name}" for name in FOR_TILES} <= features
+    return known and threads() is not None and has_amx()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from qlora_fused.tiles import BFLOATS, SHORTS, SINGLES, WORDS
+from qlora_fused.tiles import SHORTS, SINGLES, WORDS, rounded
 
 __all__ = [
     "LANES",
@@ -99,8 +99,7 @@ def keep(builder: Any, address: Any, x: Any) -> None:
 @operation(types.void, types.int64, LANES, LANES)
 def write(builder: Any, address: Any, low: Any, high: Any) -> None:
     """Write 32 float32 to an address as bfloat16, to the nearest, ties to even; denormals are zeros."""
-    rounded = _call(builder, "x86.avx512bf16.cvtne2ps2bf16.512", BFLOATS, high, low)
-    builder.store(builder.bitcast(rounded, SHORTS), builder.inttoptr(address, SHORTS.as_pointer()), align=2)
+    builder.store(rounded(builder, low, high), builder.inttoptr(address, SHORTS.as_pointer()), align=2)
 
 
 @operation(LANES, types.float32)

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 __all__ = [
+    "CHANGED",
     "Group",
     "Member",
     "compute_dtype",
@@ -32,6 +33,9 @@ __all__ = [
     "members_of",
     "output_dtype",
 ]
+
+
+CHANGED = "weights were exchanged between the forward and the backward pass: their gradients can't be computed any more"
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ class FusedLinear(torch.autograd.Function):
         dx = None
         if ctx.tiled:
             tiles, adapters = ctx.members[0].tiles, tiled(x, ctx.members, ab)
+            if adapters is None:
+                raise RuntimeError(CHANGED)
             dx, dab = tiles.linear_backward(flat, x, h, adapters, kept, into_x=ctx.needs_input_grad[0])
         else:
             a, b = matrices(ab, ctx.members, x.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_fused.lora import (
+    CHANGED,
     Member,
     compute_dtype,
     forward,
@@ -102,6 +103,8 @@ class FusedMLP(torch.autograd.Function):
         flat = [dy.reshape(-1, dy.shape[-1])]
         if ctx.tiled:
             adapters = _tiled(x, ctx.members, ctx.activation, ab)
+            if adapters is None:
+                raise RuntimeError(CHANGED)
             tiles, kept = ctx.members[0].tiles, (gate, up, h, h_down)
             found = tiles.mlp_backward(flat[0], x, kept, *adapters, ctx.activation, into_x=ctx.needs_input_grad[0])
             dx, (da, da_up, db, db_up), (da_down, db_down) = found

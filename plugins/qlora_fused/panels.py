@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from qlora_fused.fourbit import scale_of
 from qlora_fused.jit import I64, INLINE, floats, numbers
-from qlora_fused.tiles import BFLOATS, SHORTS, SINGLES, TILE, WORDS, at_address, interleave, shuffled, transpose, transposed
+from qlora_fused.tiles import SHORTS, SINGLES, TILE, WORDS, at_address, interleave, rounded, shuffled, transpose, transposed
 
 __all__ = ["FOURBIT", "FOURBIT_T", "PLAIN", "PLAIN_T", "WIDE", "make_panel"]
 
@@ -39,9 +39,7 @@ def _values(builder: Any, table: Any, levels: Any, scales: Any) -> Any:
 
 def _store_pairs(builder: Any, upper: Any, lower: Any, address: Any) -> None:
     """Store two rows of 16 float32 as a row of a tile: rounded to bfloat16 and interleaved."""
-    kind = ir.FunctionType(BFLOATS, [SINGLES, SINGLES])
-    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
-    both = builder.bitcast(builder.call(convert, [lower, upper]), SHORTS)
+    both = rounded(builder, upper, lower)
     builder.store(shuffled(builder, both, both, [i for n in range(16) for i in (n, 16 + n)]), address, align=64)
 
 

@@ -100,9 +100,13 @@ def _tiles() -> Any:
     """Return the module of products by tiles, or None where the CPU has no units for them."""
     if not has_amx():
         return None
-    from qlora_fused import tiled_lora
+    from qlora_fused import jit, tiled_lora
 
-    return tiled_lora
+    if jit.has_tiles():
+        return tiled_lora
+    older = "numba is older than 0.62 (pip install -U numba), or told not to compile for this CPU"
+    logger.info("kernels fused: no products by tiles, which makes steps slower: %s", older)
+    return None
 
 
 def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> list[list[Any]]:

@@ -17,13 +17,15 @@ from numba.extending import intrinsic
 
 from qlora_fused.gates import gate, gate_backward
 from qlora_fused.jit import I64, INLINE, Loop, elements, floats, numbers, put, real, take
+from qlora_fused.lanes import lanes, write
 from qlora_fused.panels import WIDE, make_panel
-from qlora_fused.tiles import TILE, clear, configure, load, multiply, release, room, round_to, store
+from qlora_fused.tiles import TILE, clear, configure, load, multiply, release, room, store
 
 __all__ = ["run_chain"]
 
 BLOCK = 4 * TILE  # bytes of 32 x 32 float32
 SUMS = 4 * BLOCK
+PATIENCE = 2**14  # looks, of some 40 ns, that a thread takes before it lets others run
 ZERO = np.float32(0)
 
 # Where the loop's numbers are: how many blocks are done, how many threads have begun, room for each, and the first step
@@ -69,6 +71,18 @@ def _counter(place: int, doc: str, *, add: bool = True) -> Any:
 _finish = _counter(DONE, "Count one more block as done.")
 _done = _counter(DONE, "Return how many blocks are done, after a moment's rest.", add=False)
 _own = _counter(THREADS, "Return a number for the calling thread.")
+
+
+@intrinsic
+def _yield(context: Any, data: Any) -> Any:
+    """Let other threads run, of which one may be what this one waits for."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(data), generate
 
 
 @njit(error_model="numpy")
@@ -155,8 +169,8 @@ def _square(a: Any, step: Any, part: Any, row: Any, panel: Any, done: Any, end: 
 def _keep_square(sums: Any) -> None:
     store(0, sums, 128)
     store(1, sums + 64, 128)
-    store(2, sums + 2048, 128)
-    store(3, sums + 2048 + 64, 128)
+    store(2, sums + 16 * 128, 128)
+    store(3, sums + 16 * 128 + 64, 128)
 
 
 @njit(error_model="numpy")
@@ -193,7 +207,7 @@ def _put_square(a: Any, step: Any, row: Any, column: Any, sums: Any) -> None:
         return
     _add_bias(at[step + BIAS], column, sums)
     for i in range(rows):
-        round_to(out + i * stride, sums + 128 * i)
+        write(out + i * stride, lanes(sums + 128 * i), lanes(sums + 128 * i + 64))
     if at[step + TURNED] != 0:
         turned, per_row = elements(a, at[step + TURNED]), at[step + TURNED_STRIDE]
         for j in range(32):
@@ -224,7 +238,7 @@ def _gated(a: Any, step: Any, row: Any, column: Any, panel: Any, old: Any, there
         if forward:
             _add_bias(at[step + (UP_BIAS if side else BIAS)], column, own)
             for i in range(32):
-                round_to(at[step + (UP if side else GATE)] + this + 64 * i, own + 128 * i)
+                write(at[step + (UP if side else GATE)] + this + 64 * i, lanes(own + 128 * i), lanes(own + 128 * i + 64))
     for line in range(done, lines):
         _gate(a, step, line, there, old)
     return this
@@ -276,8 +290,11 @@ def run_chain(a: Any) -> None:
     while block < at[1]:
         while block >= at[step + FIRST] + at[step + BLOCKS]:
             step = at[step + NEXT]
+        waited = 0
         while _done(a) < at[step + BEFORE]:
-            pass
+            waited += 1
+            if waited > PATIENCE:
+                _yield(a)
         if at[step + KIND] == COPY:
             _copy(a, step)
         else:

@@ -7,7 +7,6 @@ The loops are in `attention_forward` and `attention_backward`.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -18,8 +17,7 @@ from torch import Tensor
 from qlora_fused.attention_backward import backward_loop, sum_loop
 from qlora_fused.attention_forward import attend_loop
 from qlora_fused.attention_tiles import CHUNK, LINE, SIDE
-from qlora_fused.cpu import has_amx
-from qlora_fused.jit import Loop, threads
+from qlora_fused.jit import Loop, has_tiles
 from qlora_fused.tiles import TILE
 
 __all__ = ["attend", "attend_backward"]
@@ -29,17 +27,13 @@ PARTS = 6  # items at least for the backward pass, if long enough: none waits lo
 LOG2_E = math.log2(math.e)
 
 
-@functools.cache
-def _ready() -> bool:
-    """Return whether the process may use the CPU's tiles."""
-    return threads() is not None and has_amx()
-
-
 def _applies(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     (batch, heads, length, width), shared = q.shape, k.shape[1]
     shaped = k.shape == v.shape == (batch, shared, length, width) and q.numel() > 0 and shared > 0 and heads % shared == 0
     kinds = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1 for x in (q, k, v))
-    return shaped and kinds and length % SIDE == 0 and width % SIDE == 0 and width <= 256 and 0 < scale < math.inf and _ready()
+    return (
+        shaped and kinds and length % SIDE == 0 and width % SIDE == 0 and width <= 256 and 0 < scale < math.inf and has_tiles()
+    )
 
 
 def _run(loop: Loop, items: int, regions: tuple[int, ...], sizes: tuple[Any, ...], xs: tuple[Tensor, ...]) -> None:
@@ -84,8 +78,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the gradients of q, k and v, for that of the output, do (B, T, H, d); None: not for this.
 
-    The others are what `attend` was given, and what it returned beside the output. Takes the memory of 2 B K T d float32 where
-    B K is less than PARTS, and for each thread that of 2 T d and 64 T.
+    The others are what `attend` was given, and what it returned beside the output. Memory beside the gradients grows with T:
+    for each thread 2 T d bytes and up to 1,280 T, and for sums of gradients of k and v 8 T d for each thread, or for each part
+    of the work where B K is less than PARTS.
     """
     alike = do.dtype == q.dtype and do.shape == q.transpose(1, 2).shape and do.stride(-1) == 1
     if not alike or not _applies(q, k, v, scale):

@@ -16,8 +16,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from qlora_fused.chains import Chain, Right, in_blocks
-from qlora_fused.cpu import has_amx
 from qlora_fused.fourbit import Packed
+from qlora_fused.jit import has_tiles
 from qlora_fused.loops import gated, gated_backward
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ LONGEST = 3000  # inputs and ranks up to which gate and up are made together: at
 class Adapters:
     """A and B of layers that share their input, in bfloat16, side by side: h = x A^T (rows, ranks) is one product for all.
 
-    *ranks* is their sum, filled up to a multiple of 32. B (out_i, ranks) of a layer, times its scale, is zero but for its own.
+    *ranks* is their sum, filled up to a multiple of 32. B (out_i, ranks) of a layer, times its scale, is zero but for its own;
+    so what is not finite in one layer's h spoils the others.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ def adapters_of(x: Tensor, members: Sequence[Member], a: Sequence[Tensor], b: Se
     """Return those of *members* where tiles can compute them with x (rows, in), else None."""
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not len(x) or any(member.loops is None for member in members):
         return None
-    if not has_amx():  # asked again: a model may have been loaded into another process, or on another machine
+    if not has_tiles():  # asked again: a model may have been loaded into another process, or on another machine
         return None
     layers: list[Any] = [member.layer for member in members]
     packed = [Packed.of(layer) if isinstance(layer, Linear4bit) else None for layer in layers]
@@ -160,18 +161,18 @@ def linear_backward(
     dh = adapters.dh(chain.then(), dys, dh_turned)
     db = adapters.db(chain, dys, h_turned)
     da = adapters.da(chain.then(), seen, dh_turned)
-    out = torch.empty_like(seen)
-    if into_x and kept is not None:
+    out = torch.empty_like(seen) if into_x else None
+    if out is not None and kept is not None:
         through = torch.empty(out.shape)
         chain.product(through, (dh, Right.plain(adapters.a)))
         chain.run()
         chain = Chain()
         through[:rows].mul_(kept)
         adapters.dx(chain, out, dys, None, through)
-    elif into_x:
+    elif out is not None:
         adapters.dx(chain, out, dys, dh)
     chain.run()
-    return out[:rows] if into_x else None, [*da, *db]
+    return None if out is None else out[:rows], [*da, *db]
 
 
 def mlp(x: Tensor, wide: Adapters, narrow: Adapters, activation: str) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -190,7 +191,7 @@ def mlp(x: Tensor, wide: Adapters, narrow: Adapters, activation: str) -> tuple[T
         chain.run()
         chain, product = Chain(), gated(gate, up, activation)
     h = narrow.h(chain.then(), product, down_turned)
-    y = narrow.y(chain.then(), torch.empty_like(x), 0, product, h)
+    y = narrow.y(chain.then(), x.new_empty(len(x), len(narrow.b[0])), 0, product, h)
     chain.run()
     return y[:given], (gate, up, h_turned, down_turned)
 

@@ -28,7 +28,7 @@ __all__ = [
     "multiply",
     "release",
     "room",
-    "round_to",
+    "rounded",
     "shuffled",
     "store",
     "transpose",
@@ -157,20 +157,11 @@ def transposed(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-@intrinsic
-def round_to(context: Any, target: Any, source: Any) -> Any:
-    """Write 32 float32 at the address *source* as bfloat16 to *target*, to the nearest, ties to even; denormals are zeros."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        low, high = (builder.load(at_address(builder, SINGLES, args[1], offset), align=4) for offset in (0, 64))
-        kind = ir.FunctionType(BFLOATS, [SINGLES, SINGLES])
-        convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
-        builder.store(
-            builder.bitcast(builder.call(convert, [high, low]), SHORTS), at_address(builder, SHORTS, args[0]), align=2
-        )
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
+def rounded(builder: Any, low: Any, high: Any) -> Any:
+    """Return two vectors of 16 float32 as one of bfloat16, rounded to the nearest, ties to even; denormals are zeros."""
+    kind = ir.FunctionType(BFLOATS, [SINGLES, SINGLES])
+    convert = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtne2ps2bf16.512")
+    return builder.bitcast(builder.call(convert, [high, low]), SHORTS)
 
 
 @intrinsic

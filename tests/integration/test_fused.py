@@ -28,7 +28,6 @@ from qlora_core.training.head import Head
 from qlora_core.training.loss import causal_lm_loss
 from qlora_fused import Fused, rewriting
 from qlora_fused.blockwise import COMPILED, TILED
-from qlora_fused.cpu import has_amx
 from qlora_peft import LoRA
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,7 +48,7 @@ PARTS = {
     "phi": (12, 0, 3, 2),
     "phi3": (8, 0, 5, 2),
 }
-BLOCKS = TILED if has_amx() else COMPILED
+BLOCKS = TILED if rewriting._tiles() is not None else COMPILED
 EAGER = {"gemma2"}  # transformers gives it no other attention, for its scores are capped
 WEIGHTS = {"initializer_range": 0.08}  # larger than usual, so that attention matters
 CHANGES: dict[str, dict[str, Any]] = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -13,18 +14,17 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor
 
-from qlora_fused.cpu import has_amx
 from qlora_fused.lora import FusedLinear, Member, forward, infer, matrices
 from qlora_fused.mlp import FusedMLP
 
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
-if not has_amx():
-    pytest.skip("the CPU has no units for tiles of bfloat16", allow_module_level=True)
-
-from qlora_fused import loops, tiled_lora
+from qlora_fused import jit, loops, rewriting, tiled_lora
 from qlora_fused.chains import PANELS, Chain, Right, in_blocks
 from qlora_fused.fourbit import Packed
+
+if not jit.has_tiles():
+    pytest.skip("the CPU has no units for tiles of bfloat16", allow_module_level=True)
 
 
 def numbers(*size: int, seed: int = 0) -> Tensor:
@@ -120,6 +120,36 @@ def test_a_packed_weight_is_summed_over_its_rows_too_in_parts() -> None:
     assert rounded_once(out, x.double() @ weight_of(own).double())
 
 
+@pytest.mark.parametrize("blocksize", [64, 128, 256, 4096])
+@pytest.mark.parametrize("nested", [True, False])
+def test_scales_are_found_wherever_a_sum_is_cut(blocksize: int, nested: bool) -> None:
+    wide, tall = layer(8192, 32, nested=nested, blocksize=blocksize), layer(blocksize, 9216, nested=nested, blocksize=blocksize)
+    for own, transposed in ((wide, True), (tall, False)):
+        weight, right = weight_of(own), packed(own, transposed=transposed)
+        x, h, b = halves(32, right.rows), halves(32, 96), halves(96, right.columns)
+        out, chain = torch.empty(32, right.columns, dtype=torch.bfloat16), Chain()
+        chain.product(out, (h, Right.plain(b)), (x, right))  # the first is of an odd number of steps
+        chain.run()
+        assert rounded_once(out, x.double() @ (weight.t() if transposed else weight).double() + h.double() @ b.double())
+
+
+def test_products_of_one_size_that_are_cut_share_their_sums() -> None:
+    x, rights, outs, chain = halves(64, 9216), [halves(9216, 32, seed=n) for n in range(3)], [], Chain()
+    for right in rights:
+        outs.append(chain.product(torch.empty(64, 32), (x, Right.plain(right))))
+    assert len(chain.sums) == 1
+    chain.run()
+    for right, out in zip(rights, outs, strict=True):
+        assert off(out, x.double() @ right.double()) < 1e-6
+
+
+def test_matrices_that_have_no_product_are_refused() -> None:
+    out = torch.empty(64, 64, dtype=torch.bfloat16)
+    for left, right in (((64, 96), (64, 64)), ((64, 64), (64, 96)), ((32, 64), (64, 64))):
+        with pytest.raises(ValueError, match="product"):
+            Chain().product(out, (halves(*left), Right.plain(halves(*right))))
+
+
 def test_matrices_in_blocks_are_the_same_matrices() -> None:
     x, right = halves(96, 64), halves(64, 160)
     out, blocks, back, chain = torch.empty(96, 160, dtype=torch.bfloat16), in_blocks(96, 160), torch.empty(160, 160), Chain()
@@ -209,6 +239,84 @@ def test_layers_are_as_close_to_float64_as_by_the_usual_products(
         assert off(ours, right) <= 1.02 * off(theirs, right)
 
 
+@pytest.mark.parametrize("ranks", [(8, 24, 40), (1, 16, 20), (32, 16, 64)])
+def test_layers_of_a_group_may_have_ranks_of_their_own(ranks: tuple[int, ...]) -> None:
+    layers = [layer(64, rows) for rows in (64, 32, 96)]
+    single = [adapters([own], rank) for own, rank in zip(layers, ranks, strict=True)]
+    x, ab = halves(2, 40, 64), [*(a for a, _ in single), *(b for _, b in single)]
+    wanted = computed(functools.partial(exact, layers), x, ab, torch.float64)
+    usual = computed(lambda x, *ab: FusedLinear.apply(x, members(layers, None), *ab), x, ab)
+    got = computed(lambda x, *ab: FusedLinear.apply(x, members(layers, tiled_lora), *ab), x, ab)
+    for ours, theirs, right in zip(got, usual, wanted, strict=True):
+        assert ours.shape == right.shape
+        assert off(ours, right) <= 1.02 * off(theirs, right)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_input_that_needs_no_gradient_gets_none(dropout: float) -> None:
+    layers = [layer(64, 96)]
+    x, ab = halves(40, 64), [part.requires_grad_() for part in adapters(layers, 8)]
+    results = []
+    for given in (x, x.clone().requires_grad_()):
+        torch.manual_seed(0)
+        (y,) = FusedLinear.apply(given, members(layers, tiled_lora, dropout), *ab)
+        results.append(torch.autograd.grad(y, ab, torch.ones(()).bfloat16().expand(y.shape)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_inputs_may_lie_in_memory_as_they_like() -> None:
+    layers = [layer(64, 64)]
+    x, ab, known = halves(64, 40), adapters(layers, 8), members(layers, tiled_lora)
+    wanted, got = (FusedLinear.apply(part, known, *ab)[0] for part in (x.t().contiguous(), x.t()))
+    assert torch.equal(got, wanted)
+    nothing = FusedLinear.apply(x.t()[:0], known, *ab)[0]
+    assert nothing.shape == (0, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_adapters_and_plain_weights_may_be_of_any_dtype(dtype: torch.dtype) -> None:
+    plain: Any = torch.nn.Linear(64, 96).to(dtype).requires_grad_(False)
+    for own in (layer(64, 96), plain):
+        x, ab = halves(40, 64), [part.to(dtype) for part in adapters([own], 8)]
+        usual = computed(lambda x, *ab, own=own: FusedLinear.apply(x, members([own], None), *ab), x, ab)
+        got = computed(lambda x, *ab, own=own: FusedLinear.apply(x, members([own], tiled_lora), *ab), x, ab)
+        for ours, theirs in zip(got, usual, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert off(ours, theirs) < 1e-2
+
+
+def test_more_tokens_than_a_sum_has_steps_at_a_time() -> None:
+    layers = [layer(64, 32)]
+    x, ab = halves(1, 32 * 150 + 7, 64), adapters(layers, 16)
+    wanted = computed(functools.partial(exact, layers), x, ab, torch.float64)
+    got = computed(lambda x, *ab: FusedLinear.apply(x, members(layers, tiled_lora), *ab), x, ab)
+    assert all(off(ours, right) < 5e-3 for ours, right in zip(got, wanted, strict=True))
+
+
+def test_weights_that_are_exchanged_before_the_backward_pass_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer(64, 128), layer(64, 128), layer(128, 64)]
+    x, ab = halves(40, 64).requires_grad_(), adapters(layers, 8)
+    known = members(layers, tiled_lora)
+    y, z = FusedMLP.apply(x, known, "silu", loops, *ab), FusedLinear.apply(x, known[:1], ab[0], ab[3])[0]
+    monkeypatch.setattr(tiled_lora, "adapters_of", lambda *args: None)
+    for out in (y, z):
+        with pytest.raises(RuntimeError, match="exchanged"):
+            out.sum().backward()
+
+
+def test_several_threads_compute_at_a_time_what_one_does() -> None:
+    layers = [layer(576, 576), layer(576, 192)]
+    x, ab = halves(2, 96, 576), adapters(layers, 16)
+
+    def compute(_: int) -> list[Tensor]:
+        return computed(lambda x, *ab: FusedLinear.apply(x, members(layers, tiled_lora), *ab), x, ab)
+
+    wanted = compute(0)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        for got in pool.map(compute, range(6)):
+            assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(64, 576), (45, 9216)])
 def test_dropout_is_drawn_and_passed_on_as_ever(rows: int, columns: int) -> None:
     layers = [layer(columns, 96, bias=True)]
@@ -241,6 +349,17 @@ def test_a_gated_mlp_is_as_close_to_float64_as_by_the_usual_products(
     got = computed(lambda x, *ab: FusedMLP.apply(x, members(layers, tiled_lora), activation, loops, *ab), x, ab)
     for ours, theirs, right in zip(got, usual, wanted, strict=True):
         assert off(ours, right) <= 1.03 * off(theirs, right)
+
+
+@pytest.mark.parametrize("rows", [32, 128])
+def test_an_mlp_may_have_more_or_fewer_outputs_than_inputs(rows: int) -> None:
+    layers = [layer(64, 192), layer(64, 192), layer(192, rows)]
+    x, ab = halves(2, 40, 64), adapters(layers, 8)
+    usual = computed(lambda x, *ab: FusedMLP.apply(x, members(layers, None), "silu", loops, *ab), x, ab)
+    got = computed(lambda x, *ab: FusedMLP.apply(x, members(layers, tiled_lora), "silu", loops, *ab), x, ab)
+    for ours, theirs in zip(got, usual, strict=True):
+        assert ours.shape == theirs.shape
+        assert off(ours, theirs) < 2e-2
 
 
 @pytest.mark.parametrize("activation", loops.GATES)
@@ -307,3 +426,24 @@ def test_a_weight_is_never_written_as_a_matrix() -> None:
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest < 2048 * 4096  # bytes; Q(W) would be twice as many
     assert PANELS < 2048 * 4096
+
+
+def test_with_a_compiler_that_is_too_old_a_model_is_computed_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert rewriting._tiles() is tiled_lora
+    monkeypatch.setattr(jit, "has_tiles", lambda: False)
+    with caplog.at_level("INFO", logger="qlora_core"):
+        assert rewriting._tiles() is None
+    assert "pip install -U numba" in caplog.text
+    monkeypatch.setattr(rewriting, "has_amx", lambda: False)
+    caplog.clear()
+    assert rewriting._tiles() is None
+    assert not caplog.text
+
+
+def test_a_model_that_was_loaded_where_there_are_no_tiles_is_computed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer(64, 64)]
+    x, ab, known = halves(40, 64), adapters(layers, 4), members(layers, tiled_lora)
+    monkeypatch.setattr(tiled_lora, "has_tiles", lambda: False)
+    assert torch.equal(infer(x, known, ab)[0], forward(x, known, *matrices(ab, known, x.dtype))[0][0])

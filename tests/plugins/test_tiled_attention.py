@@ -13,10 +13,10 @@ from torch import Tensor
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
 
-from qlora_fused import blockwise, loops, tiled_attention
+from qlora_fused import blockwise, jit, loops, tiled_attention
 from qlora_fused.tiled_attention import attend, attend_backward
 
-pytestmark = pytest.mark.skipif(not tiled_attention._ready(), reason="this CPU has no tiles of bfloat16")
+pytestmark = pytest.mark.skipif(not jit.has_tiles(), reason="this CPU has no tiles of bfloat16")
 
 ROOM = 1.05  # times today's error: what a few numbers less or more than half a unit away make
 SHAPES = [  # batch, heads, heads of keys, length, width
@@ -185,5 +185,5 @@ def test_what_it_is_not_for_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -
         assert attend(*other) is None
         assert attend_backward(do, *other, lse) is None
     assert attend_backward(do.float(), q, k, v, 0.125, lse) is None
-    monkeypatch.setattr(tiled_attention, "_ready", lambda: False)
+    monkeypatch.setattr(tiled_attention, "has_tiles", lambda: False)
     assert attend(q, k, v, 0.125) is None
