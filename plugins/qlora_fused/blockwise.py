@@ -4,7 +4,7 @@ The forward pass is torch's. Nothing is saved but what it was given: the backwar
 queries at a time and without the keys that come after it, so memory grows with the length, not with its square. Scores are
 float32, and heads that share keys share the products. Registered in transformers as the attention `blockwise`; as
 `blockwise_compiled` with a compiled loop for the gradient of the softmax; and as `blockwise_tiled` with both passes by
-`tiled_attention`, which saves a number for each query, where that applies. What no way applies to goes to `sdpa`.
+`tiles.attention`, which saves a number for each query, where that applies. What no way applies to goes to `sdpa`.
 """
 
 from __future__ import annotations

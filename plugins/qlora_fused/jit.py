@@ -104,7 +104,7 @@ def has_tiles() -> bool:
 @functools.cache
 def _sources() -> str:
     """Return a name for what all modules beside this one say: a loop is compiled with functions of several."""
-    contents = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    contents = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
     return hashlib.sha256(contents).hexdigest()[:12]
 
 

@@ -100,10 +100,11 @@ def _tiles() -> Any:
     """Return the module of products by tiles, or None where the CPU has no units for them."""
     if not has_amx():
         return None
-    from qlora_fused import jit, tiled_lora
+    from qlora_fused import jit
+    from qlora_fused.tiles import lora
 
     if jit.has_tiles():
-        return tiled_lora
+        return lora
     older = "numba is older than 0.62 (pip install -U numba), or told not to compile for this CPU"
     logger.info("kernels fused: no products by tiles, which makes steps slower: %s", older)
     return None
@@ -214,7 +215,7 @@ def _attention(base: transformers.PreTrainedModel, loops: Any, tiled: bool) -> i
         return 0
     name, tiles = BLOCKWISE if loops is None else COMPILED, None
     if tiled:
-        from qlora_fused import tiled_attention as tiles
+        from qlora_fused.tiles import attention as tiles
 
         name = TILED
     transformers.AttentionInterface.register(name, functools.partial(attention, loops=loops, tiles=tiles))

@@ -287,7 +287,7 @@ def gradients_of(precision: torch.dtype = HALF, **options: Any) -> tuple[Any, Te
 
 @pytest.mark.parametrize(("precision", "off"), [(HALF, 2e-2), (SINGLE, 1e-5)])
 def test_a_model_computes_with_loops_what_it_computes_without(precision: torch.dtype, off: float) -> None:
-    # (products by tiles are rounded elsewhere; what they compute is in test_tiled.py)
+    # (products by tiles are rounded elsewhere; what they compute is in test_tiles.py)
     (plain, wanted), (compiled, got) = gradients_of(precision, compiled=False), gradients_of(precision, tiles=False)
     assert base_of(plain).config._attn_implementation == blockwise.BLOCKWISE
     assert base_of(compiled).config._attn_implementation == blockwise.COMPILED

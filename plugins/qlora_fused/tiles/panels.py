@@ -15,7 +15,18 @@ from numba.extending import intrinsic
 
 from qlora_fused.fourbit import scale_of
 from qlora_fused.jit import I64, INLINE, floats, numbers
-from qlora_fused.tiles import SHORTS, SINGLES, TILE, WORDS, at_address, interleave, rounded, shuffled, transpose, transposed
+from qlora_fused.tiles.instructions import (
+    SHORTS,
+    SINGLES,
+    TILE,
+    WORDS,
+    at_address,
+    interleave,
+    rounded,
+    shuffled,
+    transpose,
+    transposed,
+)
 
 __all__ = ["FOURBIT", "FOURBIT_T", "PLAIN", "PLAIN_T", "WIDE", "make_panel"]
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F  # noqa: N812
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
-from qlora_fused.chains import Chain, Right, in_blocks
 from qlora_fused.fourbit import Packed
 from qlora_fused.jit import has_tiles
 from qlora_fused.loops import gated, gated_backward
+from qlora_fused.tiles.chains import Chain, Right, in_blocks
 
 if TYPE_CHECKING:
     from qlora_fused.lora import Member

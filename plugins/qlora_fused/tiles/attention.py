@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_fused.attention_backward import backward_loop, sum_loop
-from qlora_fused.attention_forward import attend_loop
-from qlora_fused.attention_tiles import CHUNK, LINE, SIDE
 from qlora_fused.jit import Loop, has_tiles
-from qlora_fused.tiles import TILE
+from qlora_fused.tiles.attention_backward import backward_loop, sum_loop
+from qlora_fused.tiles.attention_forward import attend_loop
+from qlora_fused.tiles.attention_products import CHUNK, LINE, SIDE
+from qlora_fused.tiles.instructions import TILE
 
 __all__ = ["attend", "attend_backward"]
 

@@ -9,7 +9,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from qlora_fused.attention_tiles import (
+from qlora_fused.jit import INLINE, Loop, elements, numbers, real, take
+from qlora_fused.tiles.attention_products import (
     BLOCK,
     CHUNK,
     COUNTER,
@@ -37,9 +38,21 @@ from qlora_fused.attention_tiles import (
     turn_back,
     write_pair,
 )
-from qlora_fused.jit import INLINE, Loop, elements, numbers, real, take
-from qlora_fused.lanes import LANES, difference, fused, keep, lanes, larger, operation, power, product, quotient, spread, total
-from qlora_fused.tiles import SINGLES, TILE, WORDS, configure, release
+from qlora_fused.tiles.instructions import SINGLES, TILE, WORDS, configure, release
+from qlora_fused.tiles.lanes import (
+    LANES,
+    difference,
+    fused,
+    keep,
+    lanes,
+    larger,
+    operation,
+    power,
+    product,
+    quotient,
+    spread,
+    total,
+)
 
 __all__ = ["attend_loop"]
 

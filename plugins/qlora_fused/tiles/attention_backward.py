@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from qlora_fused.attention_tiles import (
+from qlora_fused.jit import INLINE, Loop, elements, numbers, real, take
+from qlora_fused.tiles.attention_products import (
     BLOCK,
     CHUNK,
     COUNTER,
@@ -39,9 +40,8 @@ from qlora_fused.attention_tiles import (
     turn_back,
     write_pair,
 )
-from qlora_fused.jit import INLINE, Loop, elements, numbers, real, take
-from qlora_fused.lanes import difference, fused, keep, lanes, power, product, spread, total, write
-from qlora_fused.tiles import TILE, configure, release
+from qlora_fused.tiles.instructions import TILE, configure, release
+from qlora_fused.tiles.lanes import difference, fused, keep, lanes, power, product, spread, total, write
 
 __all__ = ["backward_loop", "sum_loop"]
 

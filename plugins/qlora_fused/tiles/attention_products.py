@@ -13,8 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 
 from qlora_fused.jit import floats
-from qlora_fused.lanes import LANES, keep, lanes, operation, product, spread, write
-from qlora_fused.tiles import (
+from qlora_fused.tiles.instructions import (
     SHORTS,
     TILE,
     WORDS,
@@ -28,6 +27,7 @@ from qlora_fused.tiles import (
     store,
     transpose,
 )
+from qlora_fused.tiles.lanes import LANES, keep, lanes, operation, product, spread, write
 
 __all__ = [
     "BLOCK",

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from qlora_fused.tiles import SHORTS, SINGLES, WORDS, rounded
+from qlora_fused.tiles.instructions import SHORTS, SINGLES, WORDS, rounded
 
 __all__ = [
     "LANES",

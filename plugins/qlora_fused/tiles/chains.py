@@ -1,6 +1,6 @@
 """Chains of matrix products by tiles of bfloat16 (AMX), the threads of torch together in one call. Imports numba.
 
-What LoRA on a packed weight needs is x Q(W)^T + h B^T; `tiled_lora` says what is multiplied by what, `tiled` has the loop.
+What LoRA on a packed weight needs is x Q(W)^T + h B^T; `lora` says what is multiplied by what, `loop` has the loop.
 
 Matrices are (rows, columns), or in blocks, (rows / 32, columns / 32, 32, 32): these are written and read in the order of
 memory, where rows that are far apart take a quarter longer.
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_fused import tiled as t
 from qlora_fused.fourbit import Packed
-from qlora_fused.gates import CONSTANTS
-from qlora_fused.panels import FOURBIT, FOURBIT_T, PLAIN, PLAIN_T, WIDE
-from qlora_fused.tiles import TILE
+from qlora_fused.tiles import loop as t
+from qlora_fused.tiles.gates import CONSTANTS
+from qlora_fused.tiles.instructions import TILE
+from qlora_fused.tiles.panels import FOURBIT, FOURBIT_T, PLAIN, PLAIN_T, WIDE
 
 __all__ = ["Chain", "Right", "in_blocks"]
 

@@ -19,9 +19,10 @@ from qlora_fused.mlp import FusedMLP
 
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
-from qlora_fused import jit, loops, rewriting, tiled_lora
-from qlora_fused.chains import PANELS, Chain, Right, in_blocks
+from qlora_fused import jit, loops, rewriting
 from qlora_fused.fourbit import Packed
+from qlora_fused.tiles import lora as tiled_lora
+from qlora_fused.tiles.chains import PANELS, Chain, Right, in_blocks
 
 if not jit.has_tiles():
     pytest.skip("the CPU has no units for tiles of bfloat16", allow_module_level=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 if importlib.util.find_spec("numba") is None:
     pytest.skip("numba is not installed", allow_module_level=True)
 
-from qlora_fused import blockwise, jit, loops, tiled_attention
-from qlora_fused.tiled_attention import attend, attend_backward
+from qlora_fused import blockwise, jit, loops
+from qlora_fused.tiles import attention as tiled_attention
+from qlora_fused.tiles.attention import attend, attend_backward
 
 pytestmark = pytest.mark.skipif(not jit.has_tiles(), reason="this CPU has no tiles of bfloat16")
 

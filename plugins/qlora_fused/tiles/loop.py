@@ -15,11 +15,11 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qlora_fused.gates import gate, gate_backward
 from qlora_fused.jit import I64, INLINE, Loop, elements, floats, numbers, put, real, take
-from qlora_fused.lanes import lanes, write
-from qlora_fused.panels import WIDE, make_panel
-from qlora_fused.tiles import TILE, clear, configure, load, multiply, release, room, store
+from qlora_fused.tiles.gates import gate, gate_backward
+from qlora_fused.tiles.instructions import TILE, clear, configure, load, multiply, release, room, store
+from qlora_fused.tiles.lanes import lanes, write
+from qlora_fused.tiles.panels import WIDE, make_panel
 
 __all__ = ["run_chain"]
 

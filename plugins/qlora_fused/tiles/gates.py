@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from qlora_fused.jit import INLINE
-from qlora_fused.lanes import difference, fused, lanes, power, product, quotient, smaller, spread, total, wide, write
+from qlora_fused.tiles.lanes import difference, fused, lanes, power, product, quotient, smaller, spread, total, wide, write
 
 __all__ = ["CONSTANTS", "gate", "gate_backward"]
 
