@@ -162,7 +162,7 @@ def _mix(folder: Path) -> dict[str, Any]:
         "adapter": {"name": "peft", "method": "lora", "config": {"r": 2, "target_modules": ["q_proj"], "lora_alpha": 4}},
         "dataset": [records | pairs, {"name": "records", "path": f"{folder}/chats.jsonl"} | chats],
         "data": {"sequence_length": 64, "packing": False, "truncate": True, "on_problem": "skip", "template": "plain"},
-        "kernels": {"name": "fused", "keep_pages": False, "loss": False} | fused,
+        "kernels": {"name": "fused", "keep_pages": False, "loss": False, "tiles": False} | fused,
         "callbacks": [{"name": "transformers", "integration": "transformers:PrinterCallback", "arguments": {}}],
         "training": {"epochs": 1.5, "keep": "best", "eval_steps": 2, "save_steps": 2},
         "output": "runs/mix",
