@@ -196,8 +196,8 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
         "auto",
-        description="compute activations again in the backward pass: full those of whole layers (on a CPU a quarter slower "
-        "and 60 % less memory per step), selective those of the parts that give back most for their time (a tenth, and "
+        description="compute activations again in the backward pass: full those of whole layers (on a CPU a quarter to a third "
+        "slower and 60 % less memory per step), selective those of the parts that give back most for their time (a tenth, and "
         "25 %); auto takes the first of none, selective and full that there is memory for",
     )
     mixed_precision: Literal["auto", "bf16", "fp16", "none"] = Field(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -47,6 +48,8 @@ def rewrite(model: torch.nn.Module, options: FusedOptions) -> None:
         for name, module in base.named_modules():
             if isinstance(module, LoraLayer) and not fusible(module):
                 logger.debug("kernels fused: %s (%s) is left alone", name, type(module.get_base_layer()).__name__)  # type: ignore[attr-defined]
+        if tiled := _by_tiles(base, tiles):
+            done["of them by tiles"] = tiled
     if options.liger and base.device.type == "cuda" and has_liger():
         from qlora_fused.liger import use_liger
 
@@ -108,6 +111,24 @@ def _tiles() -> Any:
     older = "numba is older than 0.62 (pip install -U numba), or told not to compile for this CPU"
     logger.info("kernels fused: no products by tiles, which makes steps slower: %s", older)
     return None
+
+
+def _by_tiles(base: torch.nn.Module, tiles: Any) -> int:
+    """Return how many LoRA layers are of a size that products by tiles take, and log the others."""
+    count = 0
+    if tiles is None:
+        return count
+    from qlora_fused.fourbit import Packed
+
+    for name, module in base.named_modules():
+        if fusible(module):
+            layer: Any = module.get_base_layer()  # type: ignore[operator]
+            fits = tiles.fits(layer, Packed.of(layer) if isinstance(layer, Linear4bit) else None)
+            count += fits
+            if not fits:
+                size = f"{layer.in_features} inputs and {layer.out_features} outputs"
+                logger.debug("kernels fused: %s, with %s, is computed without tiles", name, size)
+    return count
 
 
 def _sharing_inputs(base: transformers.PreTrainedModel, layers: list[Any]) -> list[list[Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,6 +351,27 @@ def test_in_bfloat16_gradients_are_as_near_to_float64_as_those_of_the_usual_wiri
     folder = folder_of(architecture, **STILL.get(architecture, {}))
     batches = torch.tensor(list(text.encode()[: 16 * 2 * 96])).view(16, 2, 96)
     assert_no_worse(errors(folder, list(batches), b=0.02), 1.1 if architecture == "phi" else 1.05)
+
+
+@pytest.mark.skipif(rewriting._tiles() is None, reason="the CPU has no units for tiles of bfloat16")
+def test_in_bfloat16_attention_by_tiles_is_as_near_to_float64_as_that_of_the_usual_wiring(
+    folder_of: Callable[[str], Path], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_fused.tiles import attention
+
+    widths: Counter[int] = Counter()
+
+    def attend(q: torch.Tensor, *others: Any) -> Any:
+        found = attended(q, *others)
+        widths[q.shape[-1]] += found is not None
+        return found
+
+    attended = attention.attend
+    monkeypatch.setattr(attention, "attend", attend)
+    folder = folder_of("llama", hidden_size=128, num_attention_heads=4, num_key_value_heads=2)  # type: ignore[call-arg]
+    batches = torch.tensor(list(text.encode()[: 16 * 2 * 96])).view(16, 2, 96)
+    assert_no_worse(errors(folder, list(batches), b=0.02), 1.05)
+    assert widths == {32: 16 * 2}  # a batch, two layers
 
 
 # Runs

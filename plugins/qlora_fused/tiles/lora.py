@@ -23,7 +23,7 @@ from qlora_fused.tiles.chains import Chain, Right, in_blocks
 if TYPE_CHECKING:
     from qlora_fused.lora import Member
 
-__all__ = ["Adapters", "adapters_of", "linear", "linear_backward", "mlp", "mlp_backward"]
+__all__ = ["Adapters", "adapters_of", "fits", "linear", "linear_backward", "mlp", "mlp_backward"]
 
 LONGEST = 3000  # inputs and ranks up to which gate and up are made together: at 2,048 it is quicker, at 4,096 slower
 
@@ -113,13 +113,13 @@ def adapters_of(x: Tensor, members: Sequence[Member], a: Sequence[Tensor], b: Se
         return None
     layers: list[Any] = [member.layer for member in members]
     packed = [Packed.of(layer) if isinstance(layer, Linear4bit) else None for layer in layers]
-    if all(_fits(layer, weight) for layer, weight in zip(layers, packed, strict=True)):
+    if all(fits(layer, weight) for layer, weight in zip(layers, packed, strict=True)):
         return Adapters(members, a, b, packed)
     return None
 
 
-def _fits(layer: Any, packed: Packed | None) -> bool:
-    """Return whether the weight of *layer* is known and of a size that tiles take."""
+def fits(layer: Any, packed: Packed | None) -> bool:
+    """Return whether the weight of *layer*, a Packed where it is a Linear4bit, is known and of a size that tiles take."""
     if isinstance(layer, Linear4bit):
         return packed is not None and packed.numbers[2] % 64 == 0 and layer.weight.quant_state.shape[0] % 32 == 0
     return layer.weight.device.type == "cpu" and all(size % 32 == 0 for size in layer.weight.shape)

@@ -34,7 +34,7 @@ WIDE = 32  # of a panel
 PLAIN, PLAIN_T, FOURBIT, FOURBIT_T = range(4)
 """What a right matrix is made of: rows of bfloat16, or packed weights; T: it is the transposed of these."""
 
-OCTETS, SHORT_OCTETS = ir.VectorType(ir.IntType(8), 16), ir.VectorType(ir.IntType(8), 32)
+OCTETS = ir.VectorType(ir.IntType(8), 16)
 
 
 def _all(number: int) -> Any:
