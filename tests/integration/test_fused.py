@@ -371,7 +371,7 @@ def test_in_bfloat16_attention_by_tiles_is_as_near_to_float64_as_that_of_the_usu
     folder = folder_of("llama", hidden_size=128, num_attention_heads=4, num_key_value_heads=2)  # type: ignore[call-arg]
     batches = torch.tensor(list(text.encode()[: 16 * 2 * 96])).view(16, 2, 96)
     assert_no_worse(errors(folder, list(batches), b=0.02), 1.05)
-    assert widths == {32: 16 * 2}  # a batch, two layers
+    assert widths == {32: 2 * 16 * 2}  # with and without the loss by the head, batches, layers
 
 
 # Runs
