@@ -34,7 +34,7 @@ class Blockwise(torch.autograd.Function):
         """q: (B, H, T, d), k: (B, K, T, d), v: (B, K, T, dv), H a multiple of K; return (B, T, H, dv)."""
         ctx.scale, ctx.loops = scale, loops if loops is not None and q.dtype in loops.DTYPES else None
         found = None if tiles is None else tiles.attend(q, k, v, scale)
-        ctx.tiles = None if found is None else tiles
+        ctx.tiles = tiles
         if found is not None:
             out, sums = found
             ctx.save_for_backward(q, k, v, sums)

@@ -65,7 +65,7 @@ def today(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float) -> tuple[Te
         saved_tensors = (q, k, v)
 
         def __init__(self) -> None:
-            self.scale, self.loops, self.tiles = scale, loops, None
+            self.scale, self.loops = scale, loops
 
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
     return out, *blockwise.Blockwise.backward(Context(), do)[:3]

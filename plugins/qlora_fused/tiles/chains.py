@@ -126,8 +126,9 @@ class Chain:
     ) -> Tensor:
         """Write the sum of all summands to *out*, and the transposed of it to *turned*; return *out*.
 
-        *addend* (rows, columns) and *bias* (columns), float32, are added before it is rounded. *turned* is bfloat16, out
-        bfloat16 or float32, which takes no bias. Columns and k are multiples of 32, rows of 16.
+        *addend* (rows, columns) and *bias* (columns), float32, are added before it is rounded; a long sum is written over
+        *addend* meanwhile. *turned* is bfloat16, out bfloat16 or float32, which takes no bias. Columns and k are multiples of
+        32, rows of 16.
         """
         parts, size = _whole(summands), _shape(out)
         while sum(steps for *_, steps in parts) > STEPS:
@@ -135,7 +136,9 @@ class Chain:
             if (sums := addend) is None:
                 if size in self.sums:
                     self.then()  # that which it was for may not have been read yet
-                sums = self.sums.setdefault(size, torch.empty(size))
+                else:
+                    self.sums[size] = torch.empty(size)
+                sums = self.sums[size]
             self._product(size, some, {**_written(sums), t.ADDEND: 0 if addend is None else addend})
             self.then()
             addend = sums

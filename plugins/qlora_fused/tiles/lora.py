@@ -176,7 +176,7 @@ def linear_backward(
 
 
 def mlp(x: Tensor, wide: Adapters, narrow: Adapters, activation: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return y (rows, in), and what the gradients need: gate and up in blocks, and both h, transposed."""
+    """Return y (rows, out), and what the gradients need: gate and up in blocks, and both h, transposed."""
     given, x = len(x), _even(x)
     chain, h_turned, down_turned = Chain(), _turned(len(x), wide), _turned(len(x), narrow)
     wide.copy(chain)
